@@ -1,0 +1,1 @@
+//! Slow, plain reference of every operation, in f64.
