@@ -1,1 +1,26 @@
-//! moewe-plan
+//! The bundle of a compiled model: what `moewe compile` writes and what the runtime executes.
+//!
+//! A [`Plan`] says which kernels run in which order over which buffers. It names no operation of any model: a
+//! [`Step`] is a kernel, its bindings and its grid. What the runtime must know to serve tokens (which buffer holds
+//! the token ids, which one is a layer's latent cache) is said by each buffer's [`Role`].
+
+mod batch;
+mod bundle;
+mod dim;
+mod error;
+mod mapped;
+mod types;
+mod verify;
+
+pub use batch::{FINISHED_STEPS, Header, PAGE_TOKENS, Sampling, TokenInfo};
+pub use bundle::{Bundle, Entry, MANIFEST, Manifest, PLAN, Staging, WeightFiles, hash_file};
+pub use dim::{Dim, Symbol, Symbols};
+pub use error::Error;
+pub use mapped::Mapped;
+pub use types::{
+    Access, Binding, BindingLayout, Buffer, Cost, DType, Kernel, ModelInfo, Plan, Precision, Program, ProgramKind,
+    Requirements, Role, Segment, Shard, Step, TapSpec, Weight, WeightFile, WeightFormat,
+};
+
+/// Version of the bundle format. A bundle of another version is refused; compile it again.
+pub const FORMAT_VERSION: u32 = 1;

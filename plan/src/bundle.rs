@@ -1,0 +1,267 @@
+//! Reading and writing bundles on disk.
+//!
+//! A bundle is a directory: `manifest.json` (length and hash of every other file, and a hash over that list),
+//! `plan.json`, `kernels/*.wgsl`, `weights-*.safetensors`, and the checkpoint's tokenizer and configuration files.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::verify::{is_plain_name, verify};
+use crate::{Error, FORMAT_VERSION, Mapped, Plan};
+
+/// File name of the manifest.
+pub const MANIFEST: &str = "manifest.json";
+/// File name of the plan.
+pub const PLAN: &str = "plan.json";
+/// Neither manifest, plan nor kernel of a sound bundle is larger, in bytes.
+const MAX_TEXT_BYTES: u64 = 1 << 28;
+
+/// Length and hash of a file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// Length in bytes.
+    pub bytes: u64,
+    /// BLAKE3, in hexadecimal.
+    pub blake3: String,
+}
+
+/// The list of a bundle's files.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// [`FORMAT_VERSION`].
+    pub format_version: u32,
+    /// Every file but the manifest, by its path in the bundle.
+    pub files: BTreeMap<String, Entry>,
+    /// BLAKE3 of `files` as compact JSON.
+    pub blake3: String,
+}
+
+impl Manifest {
+    fn digest(files: &BTreeMap<String, Entry>) -> String {
+        let text = serde_json::to_vec(files).expect("a map of strings and numbers serialises");
+        blake3::hash(&text).to_hex().to_string()
+    }
+}
+
+/// BLAKE3 of bytes, in hexadecimal; on all cores if there are many.
+pub fn hash_file(bytes: &[u8]) -> String {
+    let mut hasher = blake3::Hasher::new();
+    if bytes.len() > 1 << 20 {
+        hasher.update_rayon(bytes);
+    } else {
+        hasher.update(bytes);
+    }
+    hasher.finalize().to_hex().to_string()
+}
+
+/// A bundle whose manifest, plan and kernels were read and verified.
+#[derive(Debug)]
+pub struct Bundle {
+    /// The directory.
+    pub dir: PathBuf,
+    /// The plan.
+    pub plan: Plan,
+    /// The text of each kernel, in the order of [`Plan::kernels`].
+    pub kernels: Vec<String>,
+}
+
+impl Bundle {
+    /// Whether `dir` looks like a bundle (has a manifest and a plan).
+    pub fn is_bundle(dir: &Path) -> bool {
+        dir.join(MANIFEST).is_file() && dir.join(PLAN).is_file()
+    }
+
+    /// Reads a bundle. All files but weights are held against their hashes; those are checked by
+    /// [`Bundle::map_weights`], since they may be large.
+    pub fn open(dir: &Path) -> Result<Self, Error> {
+        let path = dir.join(MANIFEST);
+        if !dir.is_dir() {
+            return Err(Error::NotABundle { path: dir.into(), what: "no such directory".into() });
+        }
+        if !path.is_file() {
+            return Err(Error::NotABundle { path: dir.into(), what: format!("{MANIFEST} is missing") });
+        }
+        let text = read_text(&path)?;
+        let version = serde_json::from_str::<serde_json::Value>(&text)
+            .map_err(|error| damaged(&path, format!("not JSON: {error}")))?
+            .get("format_version")
+            .and_then(serde_json::Value::as_u64)
+            .ok_or_else(|| damaged(&path, "format_version is missing".into()))?;
+        if version != u64::from(FORMAT_VERSION) {
+            let found = u32::try_from(version).unwrap_or(u32::MAX);
+            return Err(Error::Version { path, found, expected: FORMAT_VERSION });
+        }
+        let manifest: Manifest =
+            serde_json::from_str(&text).map_err(|error| damaged(&path, format!("not a manifest: {error}")))?;
+        if Manifest::digest(&manifest.files) != manifest.blake3 {
+            return Err(damaged(&path, "its list of files does not match its own hash".into()));
+        }
+        let plan_text = read_verified(dir, &manifest, PLAN)?;
+        let plan_path = dir.join(PLAN);
+        let plan: Plan = serde_json::from_str(&plan_text).map_err(|error| damaged(&plan_path, error.to_string()))?;
+        verify(&plan).map_err(|what| damaged(&plan_path, what))?;
+        let kernels = plan
+            .kernels
+            .iter()
+            .map(|kernel| read_verified(dir, &manifest, &kernel.file))
+            .collect::<Result<_, _>>()?;
+        for (name, entry) in &manifest.files {
+            // Weights are hashed when they are mapped; the rest (tokenizer, configuration) now.
+            if name.ends_with(".safetensors") {
+                let listed = plan.files.iter().any(|f| !f.referenced && f.path == *name && f.blake3 == entry.blake3);
+                if !listed {
+                    return Err(damaged(&dir.join(name), "the plan does not name this file with this hash".into()));
+                }
+            } else if name != PLAN && !name.starts_with("kernels/") {
+                read_verified(dir, &manifest, name)?;
+            }
+        }
+        Ok(Self { dir: dir.into(), plan, kernels })
+    }
+
+    /// Maps the weight files and holds them against their hashes. `progress` is called with the bytes of each file
+    /// when it has been hashed.
+    pub fn map_weights(&self, progress: &dyn Fn(u64)) -> Result<WeightFiles, Error> {
+        let mut maps = Vec::with_capacity(self.plan.files.len());
+        for file in &self.plan.files {
+            let path = self.dir.join(&file.path); // `join` takes an absolute, referenced path as it is
+            let map = Mapped::open(&path).map_err(Error::io(&path))?;
+            if map.len() as u64 != file.bytes {
+                return Err(damaged(&path, format!("{} bytes, {} expected", map.len(), file.bytes)));
+            }
+            if hash_file(&map) != file.blake3 {
+                return Err(damaged(&path, "its contents do not match their hash".into()));
+            }
+            progress(file.bytes);
+            maps.push(map);
+        }
+        let unweighted = self.plan.weights.iter().find(|w| w.shards.iter().any(|s| s.segments.is_empty()));
+        if let Some(weight) = unweighted {
+            let what = format!("it was compiled without weights ({} is absent)", weight.name);
+            return Err(Error::NotABundle { path: self.dir.clone(), what });
+        }
+        Ok(WeightFiles(maps))
+    }
+}
+
+/// The mapped weight files of a bundle, verified.
+#[derive(Debug)]
+pub struct WeightFiles(Vec<Mapped>);
+
+impl WeightFiles {
+    /// The bytes of a segment of the plan these files belong to.
+    pub fn bytes(&self, segment: &crate::Segment) -> &[u8] {
+        let start = segment.offset as usize;
+        &self.0[segment.file as usize][start..start + segment.bytes as usize]
+    }
+}
+
+fn damaged(path: &Path, what: String) -> Error {
+    Error::Damaged { path: path.into(), what }
+}
+
+fn read_text(path: &Path) -> Result<String, Error> {
+    let bytes = fs::metadata(path).map_err(Error::io(path))?.len();
+    if bytes > MAX_TEXT_BYTES {
+        return Err(damaged(path, format!("{bytes} bytes, at most {MAX_TEXT_BYTES} expected")));
+    }
+    let bytes = fs::read(path).map_err(Error::io(path))?;
+    String::from_utf8(bytes).map_err(|_| damaged(path, "not UTF-8".into()))
+}
+
+fn read_verified(dir: &Path, manifest: &Manifest, name: &str) -> Result<String, Error> {
+    let plain = is_plain_name(Path::new(name)) || name.strip_prefix("kernels/").is_some_and(|n| is_plain_name(Path::new(n)));
+    let path = dir.join(if plain { name } else { MANIFEST });
+    if !plain {
+        return Err(damaged(&path, format!("it names {name:?}, outside the bundle")));
+    }
+    let entry = manifest.files.get(name).ok_or_else(|| damaged(&path, format!("{MANIFEST} does not list it")))?;
+    let text = read_text(&path)?;
+    if text.len() as u64 != entry.bytes || hash_file(text.as_bytes()) != entry.blake3 {
+        return Err(damaged(&path, format!("its contents do not match the hash in {MANIFEST}")));
+    }
+    Ok(text)
+}
+
+/// A bundle being written. It stands in a directory beside the output and is moved there by
+/// [`Staging::finish`]; dropped before, it is removed, so that no partial output stays behind.
+#[derive(Debug)]
+pub struct Staging {
+    dir: PathBuf,
+    output: PathBuf,
+    weight_files: BTreeMap<String, Entry>,
+}
+
+impl Staging {
+    /// Begins a bundle that shall end at `output`. An existing bundle there is replaced at the end; anything else
+    /// there is an error.
+    pub fn new(output: &Path) -> Result<Self, Error> {
+        let occupied = output.exists() && !Bundle::is_bundle(output);
+        let empty_dir = output.is_dir() && fs::read_dir(output).map_err(Error::io(output))?.next().is_none();
+        if occupied && !empty_dir {
+            return Err(Error::OutputExists { path: output.into() });
+        }
+        let name = output.file_name().ok_or_else(|| Error::OutputExists { path: output.into() })?;
+        let parent = output.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        fs::create_dir_all(parent).map_err(Error::io(parent))?;
+        let dir = parent.join(format!(".{}.partial-{}", name.to_string_lossy(), std::process::id()));
+        if dir.exists() {
+            fs::remove_dir_all(&dir).map_err(Error::io(&dir))?;
+        }
+        fs::create_dir_all(dir.join("kernels")).map_err(Error::io(&dir))?;
+        Ok(Self { dir, output: output.into(), weight_files: BTreeMap::new() })
+    }
+
+    /// Where files are to be written.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Writes a small file.
+    pub fn write(&self, name: &str, contents: &[u8]) -> Result<(), Error> {
+        let path = self.dir.join(name);
+        fs::write(&path, contents).map_err(Error::io(&path))
+    }
+
+    /// Says that a weight file was written and hashed, so that it need not be hashed again.
+    pub fn weight_file(&mut self, name: &str, entry: Entry) {
+        self.weight_files.insert(name.into(), entry);
+    }
+
+    /// Writes the plan and the manifest and moves the bundle to its place.
+    pub fn finish(self, plan: &Plan) -> Result<(), Error> {
+        verify(plan).map_err(|what| damaged(&self.output.join(PLAN), what))?;
+        let text = serde_json::to_vec_pretty(plan).expect("a plan serialises");
+        self.write(PLAN, &text)?;
+        let mut files = self.weight_files.clone();
+        for folder in ["", "kernels"] {
+            let dir = self.dir.join(folder);
+            for item in fs::read_dir(&dir).map_err(Error::io(&dir))? {
+                let path = item.map_err(Error::io(&dir))?.path();
+                let name = path.strip_prefix(&self.dir).expect("it is below").to_string_lossy().into_owned();
+                if path.is_file() && !files.contains_key(&name) {
+                    let bytes = fs::read(&path).map_err(Error::io(&path))?;
+                    files.insert(name, Entry { bytes: bytes.len() as u64, blake3: hash_file(&bytes) });
+                }
+            }
+        }
+        let blake3 = Manifest::digest(&files);
+        let manifest = Manifest { format_version: FORMAT_VERSION, files, blake3 };
+        self.write(MANIFEST, &serde_json::to_vec_pretty(&manifest).expect("a manifest serialises"))?;
+        if self.output.exists() {
+            // Only an empty directory or an older bundle can stand there: `new` saw to that.
+            fs::remove_dir_all(&self.output).map_err(Error::io(&self.output))?;
+        }
+        fs::rename(&self.dir, &self.output).map_err(Error::io(&self.output))
+    }
+}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        // After `finish` the directory is gone; an error here leaves nothing better to do.
+        let _ = fs::remove_dir_all(&self.dir);
+    }
+}

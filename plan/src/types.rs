@@ -1,0 +1,377 @@
+//! The types of a plan, as they stand in `plan.json`.
+
+use serde::{Deserialize, Serialize};
+
+use crate::Dim;
+
+/// A compiled model. Everything refers to everything else by index into these lists.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Plan {
+    /// [`crate::FORMAT_VERSION`].
+    pub format_version: u32,
+    /// Program and version that wrote this.
+    pub generator: String,
+    /// What a person or a server wants to know of the model.
+    pub model: ModelInfo,
+    /// What the device must offer.
+    pub requirements: Requirements,
+    /// Files that hold weights.
+    pub files: Vec<WeightFile>,
+    /// Tensors that stay on the device.
+    pub weights: Vec<Weight>,
+    /// Buffers that kernels read and write.
+    pub buffers: Vec<Buffer>,
+    /// Kernels, each one WGSL file.
+    pub kernels: Vec<Kernel>,
+    /// Ordered lists of dispatches.
+    pub programs: Vec<Program>,
+}
+
+/// Facts of the model that do not depend on how it runs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ModelInfo {
+    /// As the checkpoint's config says, for example `DeepseekV3ForCausalLM`.
+    pub architecture: String,
+    /// Hash of the checkpoint's config and weights.
+    pub checkpoint: String,
+    /// Size of the vocabulary.
+    pub vocab_size: u32,
+    /// Longest context, in tokens.
+    pub max_context: u32,
+    /// Tokens that end a text.
+    pub eos_token_ids: Vec<u32>,
+    /// Decoder layers, without the modules of multi-token prediction.
+    pub layers: u32,
+    /// The layers among them that are mixtures of experts, in order (modules of multi-token prediction left out).
+    pub moe_layers: Vec<u32>,
+    /// Routed experts of a mixture-of-experts layer; 0 if there are none.
+    pub experts: u32,
+    /// Modules of multi-token prediction.
+    pub mtp_modules: u32,
+    /// Numbers of the latent cache for one token and layer.
+    pub latent_numbers: u32,
+    /// Layers that have a latent cache, modules of multi-token prediction included.
+    pub cached_layers: u32,
+}
+
+/// What a device must offer to run the plan.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Requirements {
+    /// Name of the profile that the plan was compiled for.
+    pub profile: String,
+    /// No binding of weights is larger than this, in bytes; buffers are sized by the runtime to fit it too.
+    pub max_binding_bytes: u64,
+    /// Storage buffers that the largest kernel binds.
+    pub storage_buffers: u32,
+    /// Invocations in the largest workgroup.
+    pub workgroup_invocations: u32,
+    /// Bytes of workgroup memory of the hungriest kernel.
+    pub workgroup_bytes: u32,
+    /// Whether kernels use subgroup operations.
+    pub subgroups: bool,
+}
+
+/// A safetensors file with weights.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WeightFile {
+    /// File name in the bundle, or the absolute path of a file of the checkpoint that is referenced.
+    pub path: String,
+    /// Whether `path` is such a reference.
+    pub referenced: bool,
+    /// Length in bytes.
+    pub bytes: u64,
+    /// BLAKE3 of the contents, in hexadecimal.
+    pub blake3: String,
+}
+
+/// How a weight is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WeightFormat {
+    /// 32-bit IEEE 754.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// 16-bit IEEE 754.
+    F16,
+    /// FP8 e4m3fn; a second weight holds the scales of its blocks.
+    Fp8,
+}
+
+impl WeightFormat {
+    /// Bytes of one number.
+    pub fn bytes(self) -> u64 {
+        match self {
+            WeightFormat::F32 => 4,
+            WeightFormat::Bf16 | WeightFormat::F16 => 2,
+            WeightFormat::Fp8 => 1,
+        }
+    }
+
+    /// The name used in file names, labels and options.
+    pub fn name(self) -> &'static str {
+        match self {
+            WeightFormat::F32 => "f32",
+            WeightFormat::Bf16 => "bf16",
+            WeightFormat::F16 => "f16",
+            WeightFormat::Fp8 => "fp8",
+        }
+    }
+}
+
+/// A tensor on the device, row-major. Rows are padded with zeros to a multiple of four numbers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Weight {
+    /// The name in the checkpoint; stacked experts carry `*` for the expert's number.
+    pub name: String,
+    /// How numbers are stored.
+    pub format: WeightFormat,
+    /// Rows and columns, behind the number of experts if stacked. Columns are without padding.
+    pub shape: Vec<u64>,
+    /// Consecutive pieces along the first dimension, each one device buffer.
+    pub shards: Vec<Shard>,
+}
+
+impl Weight {
+    /// Bytes of one slice along the first dimension, padding included.
+    pub fn slice_bytes(&self) -> Option<u64> {
+        let (columns, outer) = self.shape.split_last()?;
+        let padded = columns.checked_next_multiple_of(4)?.checked_mul(self.format.bytes())?;
+        outer.iter().skip(1).try_fold(padded, |bytes, &dim| bytes.checked_mul(dim))
+    }
+
+    /// Bytes on the device.
+    pub fn bytes(&self) -> u64 {
+        self.shards.iter().flat_map(|shard| &shard.segments).map(|segment| segment.bytes).sum()
+    }
+}
+
+/// A piece of a weight that one binding covers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Shard {
+    /// First row (or expert, if stacked).
+    pub first: u64,
+    /// Rows (or experts).
+    pub count: u64,
+    /// Its bytes, in order.
+    pub segments: Vec<Segment>,
+}
+
+/// A range of bytes in a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Segment {
+    /// Index into [`Plan::files`].
+    pub file: u32,
+    /// Offset from the start of the file.
+    pub offset: u64,
+    /// Length.
+    pub bytes: u64,
+}
+
+/// Type of the numbers in a buffer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DType {
+    /// 32-bit float.
+    F32,
+    /// 32-bit unsigned integer (or packed pairs of f16).
+    U32,
+}
+
+/// What a buffer is to the runtime.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    /// Holds values of one program run.
+    Scratch,
+    /// Holds values that a later program reads.
+    State,
+    /// Uniform with [`crate::Header`].
+    Header,
+    /// [`crate::TokenInfo`] for each token.
+    Tokens,
+    /// For each wanted row of logits, the index of its token.
+    Rows,
+    /// Page numbers `[sequences, ⌈max_context / 64⌉]`.
+    PageTable,
+    /// [`crate::Sampling`] for each sequence.
+    Sampling,
+    /// A bit for each token id that the sequence has seen `[sequences, ⌈vocab / 32⌉]`.
+    Seen,
+    /// Word 0 counts finished decode steps; then `[FINISHED_STEPS, rows]` token ids.
+    Finished,
+    /// A layer's latent cache, `[pages, 64, numbers]`.
+    Cache,
+}
+
+/// A buffer of the device. All elements have 4 bytes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Buffer {
+    /// Name, unique in the plan.
+    pub name: String,
+    /// What its numbers are.
+    pub dtype: DType,
+    /// Number of elements, to be sized for the largest batch.
+    pub elements: Dim,
+    /// What the runtime uses it for.
+    pub role: Role,
+}
+
+/// How a kernel uses a binding.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Access {
+    /// Uniform buffer.
+    Uniform,
+    /// Storage buffer, read.
+    Read,
+    /// Storage buffer, read and written.
+    ReadWrite,
+}
+
+/// One `@group(0) @binding(n)` of a kernel; n is its index in [`Kernel::bindings`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BindingLayout {
+    /// Name of the variable.
+    pub name: String,
+    /// How it is used.
+    pub access: Access,
+}
+
+/// A compute pipeline, entry point `main`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Kernel {
+    /// The variant: name of the file without ending, label in logs.
+    pub name: String,
+    /// File in the bundle, for example `kernels/linear.bf16.wgsl`.
+    pub file: String,
+    /// Invocations of a workgroup.
+    pub workgroup_size: [u32; 3],
+    /// Bindings, in order.
+    pub bindings: Vec<BindingLayout>,
+    /// Why this variant was chosen.
+    pub why: String,
+}
+
+/// Something bound to a kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Binding {
+    /// A piece of a weight.
+    Weight {
+        /// Index into [`Plan::weights`].
+        weight: u32,
+        /// Index into [`Weight::shards`].
+        shard: u32,
+    },
+    /// Index into [`Plan::buffers`].
+    Buffer(u32),
+    /// The step's own [`Step::params`], as a uniform of four words.
+    Params,
+}
+
+/// Bytes and operations of a step: `fixed + tokens · token + tokens · context · …`, where tokens are
+/// logits rows if the grid counts rows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cost {
+    /// Bytes moved once for each dispatch (weights).
+    pub fixed_bytes: u64,
+    /// Bytes moved for each token (activations, the chosen experts' weights).
+    pub token_bytes: u64,
+    /// Floating-point operations for each token.
+    pub token_flops: u64,
+    /// Bytes moved for each token and each position of its context.
+    pub context_bytes: u64,
+    /// Floating-point operations for each token and each position of its context.
+    pub context_flops: u64,
+}
+
+/// One dispatch.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Step {
+    /// Where in the model it belongs, for example `layers.3.router`.
+    pub label: String,
+    /// The layer, if it belongs to one.
+    pub layer: Option<u32>,
+    /// Index into [`Plan::kernels`].
+    pub kernel: u32,
+    /// What is bound, in the order of the kernel's bindings.
+    pub bindings: Vec<Binding>,
+    /// Workgroups.
+    pub grid: [Dim; 3],
+    /// Values of the `step` uniform, if the kernel has one.
+    pub params: [u32; 4],
+    /// What it costs.
+    pub cost: Cost,
+}
+
+/// How activations and latents are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Precision {
+    /// Activations and latents in f32.
+    Exact,
+    /// Activations in f32, latents in f16.
+    Fast,
+}
+
+impl Precision {
+    /// The name used in options and file names.
+    pub fn name(self) -> &'static str {
+        match self {
+            Precision::Exact => "exact",
+            Precision::Fast => "fast",
+        }
+    }
+}
+
+/// What a program is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ProgramKind {
+    /// A pass that ends with sampled tokens, fed back as the next batch.
+    Forward,
+    /// A pass that ends with logits and keeps all taps.
+    Trace,
+    /// A pass of one module of multi-token prediction, with taps. It reads the hidden rows that the trace of the
+    /// main model (module 1) or of the module before left for the same tokens.
+    Draft {
+        /// Module, from 1.
+        module: u32,
+    },
+}
+
+/// An ordered list of dispatches.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Program {
+    /// What it is for.
+    pub kind: ProgramKind,
+    /// How it keeps latents.
+    pub precision: Precision,
+    /// Most tokens in a batch.
+    pub max_tokens: u32,
+    /// Most rows of logits.
+    pub max_rows: u32,
+    /// Dispatches, in order.
+    pub steps: Vec<Step>,
+    /// Tensors that can be read when it has run.
+    pub taps: Vec<TapSpec>,
+}
+
+/// A tensor that can be read after a program has run: for each row, `columns` numbers from `offset` of a row of
+/// `stride` numbers in a buffer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TapSpec {
+    /// Name, for example `moe.3.weights`.
+    pub name: String,
+    /// Index into [`Plan::buffers`].
+    pub buffer: u32,
+    /// Rows: tokens or logits rows of the batch.
+    pub rows: Dim,
+    /// Numbers from one row to the next.
+    pub stride: u32,
+    /// First number of the row.
+    pub offset: u32,
+    /// Numbers of a row.
+    pub columns: u32,
+}
