@@ -1,0 +1,73 @@
+//! The kernel skeletons and the plug modules, as text.
+
+/// A kernel source with its sockets.
+#[derive(Debug)]
+pub struct Skeleton {
+    /// Name, also the file's.
+    pub name: &'static str,
+    /// WESL text.
+    pub source: &'static str,
+    /// Flags that switch parts of it on.
+    pub flags: &'static [&'static str],
+    /// Whether it decodes weights.
+    pub weight: bool,
+    /// Whether it reads or writes the latent cache.
+    pub latent: bool,
+    /// Whether several invocations may share a row.
+    pub reduce: bool,
+}
+
+macro_rules! skeleton {
+    ($name:literal, [$($flag:literal),*], [$($socket:ident),*]) => {
+        Skeleton {
+            name: $name,
+            source: include_str!(concat!("../wesl/", $name, ".wesl")),
+            flags: &[$($flag),*],
+            $($socket: true,)*
+            ..EMPTY
+        }
+    };
+}
+
+const EMPTY: Skeleton = Skeleton { name: "", source: "", flags: &[], weight: false, latent: false, reduce: false };
+
+/// Every kernel.
+pub const SKELETONS: &[Skeleton] = &[
+    skeleton!("absorb_output", ["aligned", "scaled"], [weight, reduce]),
+    skeleton!("absorb_query", ["interleave", "scaled"], [weight]),
+    skeleton!("advance", [], []),
+    skeleton!("embed", ["scaled"], [weight]),
+    skeleton!("experts_down", ["aligned", "residual", "scaled"], [weight, reduce]),
+    skeleton!("experts_gate_up", ["aligned", "norm", "scaled"], [weight, reduce]),
+    skeleton!("gather_rows", [], []),
+    skeleton!("latent_attention", [], [latent]),
+    skeleton!("latent_write", ["interleave", "tapped"], [latent]),
+    skeleton!("linear", ["aligned", "bias", "gated", "norm", "residual", "scaled"], [weight, reduce]),
+    skeleton!("mtp_join", [], []),
+    skeleton!("rms_norm", [], []),
+    skeleton!("router", ["bias", "groups", "normalise", "softmax", "top2"], []),
+    skeleton!("sample", [], []),
+];
+
+/// The kernel of this name.
+pub fn skeleton(name: &str) -> Option<&'static Skeleton> {
+    SKELETONS.iter().find(|skeleton| skeleton.name == name)
+}
+
+/// Modules that skeletons import, by name; those with sockets have several implementations.
+pub(crate) const SHARED: &[(&str, &str)] = &[
+    ("batch", include_str!("../wesl/batch.wesl")),
+    ("mean_square", include_str!("../wesl/mean_square.wesl")),
+    ("rope", include_str!("../wesl/rope.wesl")),
+    ("scale", include_str!("../wesl/scale.wesl")),
+];
+
+pub(crate) const WEIGHT_F32: &str = include_str!("../wesl/weight/f32.wesl");
+pub(crate) const WEIGHT_BF16: &str = include_str!("../wesl/weight/bf16.wesl");
+pub(crate) const WEIGHT_F16: &str = include_str!("../wesl/weight/f16.wesl");
+pub(crate) const WEIGHT_FP8: &str = include_str!("../wesl/weight/fp8.wesl");
+pub(crate) const LATENT_F32: &str = include_str!("../wesl/latent/f32.wesl");
+pub(crate) const LATENT_F16: &str = include_str!("../wesl/latent/f16.wesl");
+pub(crate) const REDUCE_NONE: &str = include_str!("../wesl/reduce/none.wesl");
+pub(crate) const REDUCE_WORKGROUP: &str = include_str!("../wesl/reduce/workgroup.wesl");
+pub(crate) const REDUCE_SUBGROUP: &str = include_str!("../wesl/reduce/subgroup.wesl");

@@ -1,0 +1,185 @@
+//! What distinguishes one build of a kernel from another.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+
+use moewe_plan::WeightFormat;
+
+use crate::skeleton::{
+    LATENT_F16, LATENT_F32, REDUCE_NONE, REDUCE_SUBGROUP, REDUCE_WORKGROUP, WEIGHT_BF16, WEIGHT_F16, WEIGHT_F32, WEIGHT_FP8,
+};
+
+/// Value of a constant of the module `tune`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Const {
+    /// `u32`.
+    U32(u32),
+    /// `f32`; must be finite.
+    F32(f32),
+}
+
+impl fmt::Display for Const {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Const::U32(value) => write!(f, "{value}"),
+            Const::F32(value) => write!(f, "{value:?}"),
+        }
+    }
+}
+
+/// Storage of latents in the cache: what is plugged into the socket `latent`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Latent {
+    /// 32-bit floats.
+    F32,
+    /// 16-bit floats, two in a word.
+    F16,
+}
+
+impl Latent {
+    /// Words of a row of `numbers` numbers.
+    pub fn words(self, numbers: u64) -> u64 {
+        match self {
+            Latent::F32 => numbers,
+            Latent::F16 => numbers.div_ceil(2),
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Latent::F32 => "latent-f32",
+            Latent::F16 => "latent-f16",
+        }
+    }
+
+    pub(crate) fn source(self) -> &'static str {
+        match self {
+            Latent::F32 => LATENT_F32,
+            Latent::F16 => LATENT_F16,
+        }
+    }
+}
+
+/// How invocations that share a row add up: what is plugged into the socket `reduce`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Reduce {
+    /// One invocation a row.
+    None,
+    /// Through workgroup memory.
+    Workgroup,
+    /// By subgroup shuffles.
+    Subgroup,
+}
+
+impl Reduce {
+    fn name(self) -> &'static str {
+        match self {
+            Reduce::None => "row",
+            Reduce::Workgroup => "lanes",
+            Reduce::Subgroup => "subgroup",
+        }
+    }
+
+    pub(crate) fn source(self) -> &'static str {
+        match self {
+            Reduce::None => REDUCE_NONE,
+            Reduce::Workgroup => REDUCE_WORKGROUP,
+            Reduce::Subgroup => REDUCE_SUBGROUP,
+        }
+    }
+}
+
+/// One build of a kernel. It is the key under which equal kernels are one, and its [`Variant::name`] is the name of the
+/// file, of the pipeline and of the snapshot.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Variant {
+    /// The skeleton's name.
+    pub kernel: &'static str,
+    /// Format of the weights, if the skeleton has that socket.
+    pub weight: Option<WeightFormat>,
+    /// Storage of latents, if the skeleton has that socket.
+    pub latent: Option<Latent>,
+    /// How lanes add up, if the skeleton has that socket.
+    pub reduce: Option<Reduce>,
+    /// Flags that are on; all others of the skeleton are off.
+    pub flags: BTreeSet<&'static str>,
+    /// Constants of the module `tune`.
+    pub consts: BTreeMap<&'static str, Const>,
+}
+
+impl Variant {
+    /// A variant without plugs, flags and constants.
+    pub fn new(kernel: &'static str) -> Self {
+        Self { kernel, weight: None, latent: None, reduce: None, flags: BTreeSet::new(), consts: BTreeMap::new() }
+    }
+
+    /// Plugs in a weight format. FP8 comes with scales: flag `scaled`.
+    #[must_use]
+    pub fn weight(mut self, format: WeightFormat) -> Self {
+        self.weight = Some(format);
+        self.flag("scaled", format == WeightFormat::Fp8)
+    }
+
+    /// Plugs in a storage of latents.
+    #[must_use]
+    pub fn latent(mut self, latent: Latent) -> Self {
+        self.latent = Some(latent);
+        self
+    }
+
+    /// Plugs in a way to add up lanes.
+    #[must_use]
+    pub fn reduce(mut self, reduce: Reduce) -> Self {
+        self.reduce = Some(reduce);
+        self
+    }
+
+    /// Switches a flag.
+    #[must_use]
+    pub fn flag(mut self, flag: &'static str, on: bool) -> Self {
+        if on {
+            self.flags.insert(flag);
+        } else {
+            self.flags.remove(flag);
+        }
+        self
+    }
+
+    /// Sets an integer constant.
+    #[must_use]
+    pub fn int(mut self, name: &'static str, value: usize) -> Self {
+        self.consts.insert(name, Const::U32(value as u32));
+        self
+    }
+
+    /// Sets a float constant.
+    #[must_use]
+    pub fn float(mut self, name: &'static str, value: f64) -> Self {
+        self.consts.insert(name, Const::F32(value as f32));
+        self
+    }
+
+    /// A name that no other variant has: kernel, plugs, flags, then every constant.
+    pub fn name(&self) -> String {
+        let mut parts = vec![self.kernel.to_owned()];
+        parts.extend(self.weight.map(|format| format.name().to_owned()));
+        parts.extend(self.latent.map(|latent| latent.name().to_owned()));
+        parts.extend(self.reduce.map(|reduce| reduce.name().to_owned()));
+        parts.extend(self.flags.iter().filter(|flag| **flag != "scaled").map(|&flag| flag.to_owned()));
+        let consts: Vec<String> =
+            self.consts.iter().map(|(name, value)| format!("{}{value}", name.to_lowercase().replace('_', "-"))).collect();
+        if !consts.is_empty() {
+            parts.push(consts.join("_"));
+        }
+        parts.join(".")
+    }
+
+    pub(crate) fn weight_source(&self) -> Option<&'static str> {
+        self.weight.map(|format| match format {
+            WeightFormat::F32 => WEIGHT_F32,
+            WeightFormat::Bf16 => WEIGHT_BF16,
+            WeightFormat::F16 => WEIGHT_F16,
+            WeightFormat::Fp8 => WEIGHT_FP8,
+        })
+    }
+}

@@ -1,0 +1,99 @@
+//! Every skeleton links and validates for every legal combination of flags and plugs, without a GPU.
+
+use moewe_plan::{Access, WeightFormat};
+use moewe_shaders::{Latent, Reduce, SKELETONS, Variant, link};
+
+const FORMATS: [WeightFormat; 4] = [WeightFormat::F32, WeightFormat::Bf16, WeightFormat::F16, WeightFormat::Fp8];
+
+/// A variant of each skeleton with small odd shapes for all constants that any of them reads.
+fn with_shapes(kernel: &'static str) -> Variant {
+    let ints = [
+        ("K", 12), ("N", 10), ("D", 12), ("V", 70), ("WG", 64), ("LANES", 4), ("TILE", 3), ("TOP_K", 2), ("E", 8),
+        ("N_GROUP", 4), ("TOPK_GROUP", 2), ("HEADS", 3), ("NOPE", 5), ("ROPE", 6), ("ROPE_PAIRS", 3), ("RANK", 9),
+        ("MAX_PAGES", 4), ("FIRST", 1), ("SCALE_ROWS", 1), ("SCALE_COLUMNS", 1), ("BLOCK_ROWS", 128), ("BLOCK_COLUMNS", 128),
+        ("MAX_ROWS", 64), ("STEPS", 32),
+    ];
+    let mut variant = Variant::new(kernel).float("EPS", 1e-6).float("SCALE", 2.5).float("SOFTMAX_SCALE", 0.1);
+    for (name, value) in ints {
+        // `V` is the vocabulary in `sample` and the value head elsewhere; any number will do.
+        variant = variant.int(name, value);
+    }
+    variant
+}
+
+fn plugs(variant: &Variant, weight: bool, latent: bool, reduce: bool) -> Vec<Variant> {
+    let mut all = vec![variant.clone()];
+    if weight {
+        all = all.iter().flat_map(|v| FORMATS.map(|format| v.clone().weight(format))).collect();
+    }
+    if latent {
+        all = all.iter().flat_map(|v| [Latent::F32, Latent::F16].map(|l| v.clone().latent(l))).collect();
+    }
+    if reduce {
+        let ways = [(Reduce::None, 1), (Reduce::Workgroup, 4), (Reduce::Subgroup, 4)];
+        all = all.iter().flat_map(|v| ways.map(|(way, lanes)| v.clone().reduce(way).int("LANES", lanes))).collect();
+    }
+    all
+}
+
+#[test]
+fn every_variant_links_and_validates() {
+    let mut count = 0;
+    for skeleton in SKELETONS {
+        // `scaled` follows the format; the other flags are free.
+        let flags: Vec<_> = skeleton.flags.iter().filter(|flag| **flag != "scaled").collect();
+        for bits in 0..1u32 << flags.len() {
+            let mut variant = with_shapes(skeleton.name);
+            for (i, flag) in flags.iter().enumerate() {
+                variant = variant.flag(flag, bits >> i & 1 == 1);
+            }
+            // SwiGLU never carries a bias or a residual: no family has that.
+            let has = |flag| variant.flags.contains(flag);
+            if has("gated") && (has("bias") || has("residual")) {
+                continue;
+            }
+            for variant in plugs(&variant, skeleton.weight, skeleton.latent, skeleton.reduce) {
+                let linked = link(&variant).unwrap_or_else(|error| panic!("{error}"));
+                let storage = linked.bindings.iter().filter(|b| b.access != Access::Uniform).count();
+                assert!(storage <= 8, "{}: {storage} storage buffers, WebGPU promises 8", variant.name());
+                assert!(linked.workgroup_bytes <= 16384, "{}: {} bytes", variant.name(), linked.workgroup_bytes);
+                count += 1;
+            }
+        }
+    }
+    assert!(count > 400, "only {count} variants were tried");
+}
+
+#[test]
+fn misuse_is_an_error_with_the_variants_name() {
+    let missing = link(&with_shapes("linear").reduce(Reduce::None)).unwrap_err().to_string();
+    assert!(missing.contains("linear") && missing.contains("socket weight"), "{missing}");
+    let flag = link(&with_shapes("gather_rows").flag("gated", true)).unwrap_err().to_string();
+    assert!(flag.contains("no flag gated"), "{flag}");
+    let kernel = link(&Variant::new("nonsense")).unwrap_err().to_string();
+    assert!(kernel.contains("no such kernel"), "{kernel}");
+    let shape = link(&Variant::new("gather_rows").int("WG", 64)).unwrap_err().to_string();
+    assert!(shape.contains("gather_rows"), "{shape}");
+}
+
+#[test]
+fn bindings_are_numbered_without_gaps() {
+    let plain = with_shapes("linear").weight(WeightFormat::Bf16).reduce(Reduce::None);
+    let names = |variant: &Variant| -> Vec<String> {
+        link(variant).unwrap().bindings.into_iter().map(|binding| binding.name).collect()
+    };
+    assert_eq!(names(&plain), ["batch", "part", "x", "w", "y"]);
+    let full = plain.clone().weight(WeightFormat::Fp8).flag("bias", true).flag("norm", true).flag("residual", true);
+    assert_eq!(names(&full), ["batch", "part", "x", "w", "w_scale", "norm", "bias", "residual", "y"]);
+    assert!(link(&full).unwrap().wgsl.contains("@binding(8)"));
+}
+
+#[test]
+fn snapshots() {
+    let linear = with_shapes("linear").weight(WeightFormat::Fp8).reduce(Reduce::Workgroup).flag("norm", true).flag("aligned", true);
+    insta::assert_snapshot!("linear_fp8_norm", link(&linear).unwrap().wgsl);
+    let router = with_shapes("router").flag("bias", true).flag("groups", true).flag("top2", true).flag("normalise", true);
+    insta::assert_snapshot!("router_v3", link(&router).unwrap().wgsl);
+    let attention = with_shapes("latent_attention").latent(Latent::F16);
+    insta::assert_snapshot!("latent_attention_f16", link(&attention).unwrap().wgsl);
+}

@@ -1,0 +1,197 @@
+//! The reference of the sampler: which tokens may be drawn, and with what probability.
+//!
+//! Order: repetition penalty, temperature, top-k, top-p over what remains renormalised, min-p. Tokens are taken in
+//! descending order of logit, the lower id first among equals, so at every threshold ties keep the lowest ids.
+
+use crate::{ops, router};
+
+/// Sampler settings; [`SamplingParams::default`] leaves the distribution alone.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SamplingParams {
+    /// Divides the logits; 0 means greedy.
+    pub temperature: f64,
+    /// Tokens kept by rank; 0 means all.
+    pub top_k: usize,
+    /// Cumulative probability to reach; 1 or more means all.
+    pub top_p: f64,
+    /// Least probability, as a fraction of the greatest; 0 means all.
+    pub min_p: f64,
+    /// Hugging Face rule for tokens already seen: logit / p if positive, else logit · p; 1 means none.
+    pub repetition_penalty: f64,
+}
+
+impl Default for SamplingParams {
+    fn default() -> Self {
+        Self {
+            temperature: 1.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+        }
+    }
+}
+
+/// A token that may be drawn.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Candidate {
+    /// Token id.
+    pub token: usize,
+    /// Its probability; those of all candidates sum to 1.
+    pub probability: f64,
+}
+
+/// Logits `[V]` after the repetition penalty; a token seen twice is penalised once.
+pub fn penalise(logits: &[f64], seen: &[usize], penalty: f64) -> Vec<f64> {
+    let penalise = |(t, &x): (usize, &f64)| match (seen.contains(&t), x > 0.0) {
+        (false, _) => x,
+        (true, true) => x / penalty,
+        (true, false) => x * penalty,
+    };
+    logits.iter().enumerate().map(penalise).collect()
+}
+
+/// The tokens that may follow, most probable first, from logits `[V]` and the ids seen so far.
+pub fn candidates(logits: &[f64], seen: &[usize], params: &SamplingParams) -> Vec<Candidate> {
+    let logits = penalise(logits, seen, params.repetition_penalty);
+    let greedy = params.temperature == 0.0;
+    let limit = match (greedy, params.top_k) {
+        (true, _) => 1,
+        (false, 0) => logits.len(),
+        (false, k) => k.min(logits.len()),
+    };
+    let kept = router::top_k(&logits, limit);
+    let temperature = if greedy { 1.0 } else { params.temperature };
+    let scaled: Vec<f64> = kept.iter().map(|&t| logits[t] / temperature).collect();
+    let mut kept: Vec<Candidate> = kept
+        .into_iter()
+        .zip(ops::softmax(&scaled))
+        .map(|(token, probability)| Candidate { token, probability })
+        .collect();
+    kept.truncate(nucleus(&kept, params.top_p));
+    let threshold = params.min_p * kept[0].probability;
+    // min-p compares with the greatest probability, so whether it sees them renormalised makes no difference; the
+    // first candidate stays whatever the setting.
+    let mut first = true;
+    kept.retain(|c| std::mem::take(&mut first) || c.probability >= threshold);
+    let sum: f64 = kept.iter().map(|c| c.probability).sum();
+    kept.iter()
+        .map(|c| Candidate {
+            probability: c.probability / sum,
+            ..*c
+        })
+        .collect()
+}
+
+/// Size of the smallest leading set whose probability reaches `top_p`, at least 1.
+fn nucleus(sorted: &[Candidate], top_p: f64) -> usize {
+    if top_p >= 1.0 {
+        return sorted.len(); // not left to rounding of the sum
+    }
+    let mut sum = 0.0;
+    let reaches = |c: &Candidate| {
+        sum += c.probability;
+        sum >= top_p
+    };
+    sorted
+        .iter()
+        .position(reaches)
+        .map_or(sorted.len(), |i| i + 1)
+}
+
+/// The same as a distribution over the vocabulary, `[V]`, zero where a token may not be drawn.
+pub fn distribution(logits: &[f64], seen: &[usize], params: &SamplingParams) -> Vec<f64> {
+    let mut out = vec![0.0; logits.len()];
+    for c in candidates(logits, seen, params) {
+        out[c.token] = c.probability;
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Candidates of logits ln(weights) as (token, probability in whole percents).
+    fn percents(weights: &[f64], seen: &[usize], params: &SamplingParams) -> Vec<(usize, u32)> {
+        let logits: Vec<f64> = weights.iter().map(|w| w.ln()).collect();
+        let kept = candidates(&logits, seen, params);
+        kept.iter()
+            .map(|c| (c.token, (c.probability * 100.0).round() as u32))
+            .collect()
+    }
+
+    #[test]
+    fn defaults_change_nothing() {
+        let kept = percents(&[0.1, 0.6, 0.3], &[0, 1], &SamplingParams::default());
+        assert_eq!(kept, [(1, 60), (2, 30), (0, 10)]);
+    }
+
+    #[test]
+    fn greedy_takes_the_lowest_of_equals() {
+        let params = SamplingParams {
+            temperature: 0.0,
+            ..SamplingParams::default()
+        };
+        assert_eq!(percents(&[0.2, 0.4, 0.4], &[], &params), [(1, 100)]);
+    }
+
+    #[test]
+    fn top_k_keeps_the_lowest_ids_at_the_threshold() {
+        let params = SamplingParams {
+            top_k: 2,
+            ..SamplingParams::default()
+        };
+        assert_eq!(
+            percents(&[0.2, 0.2, 0.4, 0.2], &[], &params),
+            [(2, 67), (0, 33)]
+        );
+    }
+
+    #[test]
+    fn top_p_works_on_what_top_k_left() {
+        // After top-k: 4/7, 2/7, 1/7; the first alone misses 0.8, two reach it; without top-k three would be needed.
+        let params = SamplingParams {
+            top_k: 3,
+            top_p: 0.8,
+            ..SamplingParams::default()
+        };
+        assert_eq!(
+            percents(&[0.4, 0.2, 0.1, 0.1, 0.1, 0.1], &[], &params),
+            [(0, 67), (1, 33)]
+        );
+        let params = SamplingParams {
+            top_p: 0.0,
+            ..SamplingParams::default()
+        };
+        assert_eq!(percents(&[0.4, 0.6], &[], &params), [(1, 100)]);
+    }
+
+    #[test]
+    fn min_p_is_relative_to_the_greatest() {
+        let params = SamplingParams {
+            min_p: 0.4,
+            ..SamplingParams::default()
+        };
+        assert_eq!(
+            percents(&[0.48, 0.32, 0.19, 0.01], &[], &params),
+            [(0, 60), (1, 40)]
+        );
+    }
+
+    #[test]
+    fn penalty_moves_both_signs_down_and_comes_before_temperature() {
+        assert_eq!(
+            penalise(&[2.0, -2.0, 1.0], &[0, 1, 1], 2.0),
+            [1.0, -4.0, 1.0]
+        );
+        let params = SamplingParams {
+            repetition_penalty: 2.0,
+            temperature: 0.5,
+            ..SamplingParams::default()
+        };
+        let d = distribution(&[2.0, 0.0], &[0], &params);
+        let expected = ops::sigmoid(2.0);
+        assert!((d[0] - expected).abs() < 1e-12);
+    }
+}
