@@ -1,0 +1,211 @@
+//! From a checkpoint to a bundle: all stages in order.
+
+use std::path::Path;
+
+use moewe_plan::{
+    Dim, FORMAT_VERSION, ModelInfo, Plan, Precision, Program, ProgramKind, Requirements, Role, Staging, Symbol, WeightFormat,
+};
+
+use crate::checkpoint::Checkpoint;
+use crate::config::{Config, Family};
+use crate::error::{Error, Result};
+use crate::lower::{Kernels, Shared, lower};
+use crate::memory::Buffers;
+use crate::model::{self, Target};
+use crate::pack::Packer;
+use crate::passes;
+use crate::profile::Profile;
+use crate::select::{FEW_TOKENS, MAX_ROWS, Selector};
+use crate::write::{Progress, Warnings, write_weights};
+
+/// No batch is larger, so that activations stay small beside the weights.
+const MAX_TOKENS: u64 = 256;
+/// Workgroups that a dispatch may have in a dimension, on any device.
+const MAX_GRID: u64 = 65535;
+
+/// Files of a checkpoint that a bundle carries along: what is needed to turn text into tokens and back.
+pub const COMPANIONS: &[&str] = &[
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+];
+
+/// How a checkpoint is compiled.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The device.
+    pub profile: Profile,
+    /// Format that linears and embeddings are converted to; `None` keeps them as stored.
+    pub weights: Option<WeightFormat>,
+    /// Refer to the checkpoint's files instead of copying tensors that serve as they are.
+    pub reference: bool,
+    /// Make the plan and the kernels, but no weights.
+    pub plan_only: bool,
+}
+
+/// A plan with its kernels, before weights are written.
+#[derive(Debug)]
+struct Planned<'a> {
+    plan: Plan,
+    packer: Packer<'a>,
+    kernels: Kernels,
+}
+
+/// Compiles a checkpoint into a bundle at `output`. Returns warnings.
+///
+/// # Errors
+/// A checkpoint that does not hold what its configuration says, an output that cannot be written, or a target whose
+/// limits are too small for the model. Nothing stays behind at `output` then.
+pub fn compile(checkpoint: &Checkpoint, options: &Options, output: &Path, progress: Progress) -> Result<Warnings> {
+    if !options.plan_only {
+        if !checkpoint.has_weights() {
+            return Err(Error::NoWeights { path: checkpoint.dir().into() });
+        }
+        crate::tensors::check(checkpoint)?;
+    }
+    let Planned { mut plan, packer, kernels } = plan(checkpoint, options)?;
+    let mut staging = Staging::new(output)?;
+    for (kernel, linked) in plan.kernels.iter().zip(&kernels.linked) {
+        staging.write(&kernel.file, linked.wgsl.as_bytes())?;
+    }
+    for name in COMPANIONS {
+        let path = checkpoint.dir().join(name);
+        if path.is_file() {
+            let contents = std::fs::read(&path).map_err(|source| Error::Read { path, source })?;
+            staging.write(name, &contents)?;
+        }
+    }
+    let mut warnings = Vec::new();
+    (plan.files, plan.weights) = if options.plan_only {
+        packer.without_weights()
+    } else {
+        let (files, weights, said) = write_weights(packer, &mut staging, options.reference, progress)?;
+        warnings = said;
+        (files, weights)
+    };
+    let mut identity = blake3::Hasher::new();
+    identity.update(&std::fs::read(checkpoint.config_path()).map_err(|source| Error::Read {
+        path: checkpoint.config_path().into(),
+        source,
+    })?);
+    for file in &plan.files {
+        identity.update(file.blake3.as_bytes());
+    }
+    plan.model.checkpoint = identity.finalize().to_hex().to_string();
+    staging.finish(&plan)?;
+    Ok(warnings)
+}
+
+fn plan<'a>(checkpoint: &'a Checkpoint, options: &Options) -> Result<Planned<'a>> {
+    let config = checkpoint.config();
+    let profile = &options.profile;
+    let packer = Packer::new(checkpoint, options.weights, profile.max_binding_bytes);
+    let mut shared = Shared { packer, kernels: Kernels::default(), buffers: Buffers::default() };
+    // Capacities depend on the buffers of all programs, so they are filled in when all are lowered.
+    let mut programs = Vec::new();
+    let many = profile.token_tile as usize;
+    for precision in [Precision::Exact, Precision::Fast] {
+        for target in Target::all(config) {
+            let mut graph = model::build(config, target, &|name| checkpoint.contains(name));
+            passes::run_all(&mut graph).map_err(|error| Error::Kernel { detail: error.to_string() })?;
+            let (kind, name, first) = match target {
+                Target::Forward => (ProgramKind::Forward, "forward".to_owned(), 0),
+                Target::Trace => (ProgramKind::Trace, "trace".to_owned(), 0),
+                Target::Draft { module } => {
+                    (ProgramKind::Draft { module: module as u32 }, format!("draft.{module}"), module)
+                }
+            };
+            let tiles = if target == Target::Forward { vec![1, many] } else { vec![many] };
+            for tile in tiles {
+                let selector = Selector { profile, precision, tile };
+                let (steps, taps) = lower(config, &graph, selector, &name, first, &mut shared)?;
+                let few = target == Target::Forward && tile == 1 && many > 1;
+                let max_tokens = if few { FEW_TOKENS as u32 } else { u32::MAX };
+                programs.push(Program { kind, precision, max_tokens, max_rows: MAX_ROWS as u32, steps, taps });
+            }
+        }
+    }
+    let Shared { packer, kernels, buffers } = shared;
+    let (max_tokens, max_rows) = capacities(config, profile, &buffers)?;
+    for program in &mut programs {
+        program.max_tokens = program.max_tokens.min(max_tokens);
+        if program.kind != ProgramKind::Forward {
+            program.max_rows = max_rows.min(max_tokens);
+        }
+    }
+    let plan = Plan {
+        format_version: FORMAT_VERSION,
+        generator: concat!("moewe ", env!("CARGO_PKG_VERSION")).into(),
+        model: info(config),
+        requirements: requirements(profile, &kernels),
+        files: Vec::new(),
+        weights: Vec::new(),
+        buffers: buffers.list,
+        kernels: kernels.list.clone(),
+        programs,
+    };
+    Ok(Planned { plan, packer, kernels })
+}
+
+/// Tokens and rows that fit the target's binding limit in every buffer.
+fn capacities(config: &Config, profile: &Profile, buffers: &Buffers) -> Result<(u32, u32)> {
+    let mut tokens = MAX_TOKENS.min(MAX_GRID / config.num_experts_per_tok.max(1) as u64);
+    let mut rows = MAX_TOKENS;
+    for buffer in &buffers.list {
+        let fit = |length: u64| profile.max_binding_bytes / (4 * length).max(1);
+        match buffer.elements {
+            Dim::Times(Symbol::Tokens, length) => tokens = tokens.min(fit(length)),
+            Dim::Times(Symbol::Rows, length) => rows = rows.min(fit(length)),
+            _ => {}
+        }
+        let least = match buffer.elements {
+            Dim::Const(length) | Dim::Times(_, length) => 4 * length,
+            _ => 4,
+        };
+        if least > profile.max_binding_bytes || (tokens == 0 || rows == 0) && buffer.role != Role::Header {
+            return Err(Error::Argument {
+                what: format!("max_binding_bytes of target {}, for buffer {},", profile.name, buffer.name),
+                found: profile.max_binding_bytes.to_string(),
+                expected: format!("at least {least}"),
+            });
+        }
+    }
+    Ok((tokens as u32, rows as u32))
+}
+
+fn info(config: &Config) -> ModelInfo {
+    ModelInfo {
+        architecture: match config.family {
+            Family::V2 => "DeepseekV2ForCausalLM",
+            Family::V3 | Family::KimiK2 => "DeepseekV3ForCausalLM",
+        }
+        .into(),
+        checkpoint: String::new(),
+        vocab_size: config.vocab_size as u32,
+        max_context: config.max_position_embeddings as u32,
+        eos_token_ids: config.eos_token_ids.clone(),
+        layers: config.num_hidden_layers as u32,
+        moe_layers: (0..config.num_hidden_layers).filter(|&l| config.is_moe(l)).map(|l| l as u32).collect(),
+        experts: config.n_routed_experts as u32,
+        mtp_modules: config.num_nextn_predict_layers as u32,
+        latent_numbers: config.latent_dim() as u32,
+        cached_layers: config.all_layers() as u32,
+    }
+}
+
+fn requirements(profile: &Profile, kernels: &Kernels) -> Requirements {
+    let storage = |kernel: &moewe_plan::Kernel| {
+        kernel.bindings.iter().filter(|binding| binding.access != moewe_plan::Access::Uniform).count() as u32
+    };
+    Requirements {
+        profile: profile.name.clone(),
+        max_binding_bytes: profile.max_binding_bytes,
+        storage_buffers: kernels.list.iter().map(storage).max().unwrap_or(0),
+        workgroup_invocations: kernels.list.iter().map(|k| k.workgroup_size.iter().product()).max().unwrap_or(1),
+        workgroup_bytes: kernels.linked.iter().map(|linked| linked.workgroup_bytes).max().unwrap_or(0),
+        subgroups: kernels.linked.iter().any(|linked| linked.subgroups),
+    }
+}

@@ -1,0 +1,572 @@
+//! From a fused graph to the steps of a program: one kernel for each operation, one dispatch for each shard of its weights.
+
+use std::collections::HashMap;
+
+use moewe_plan::{Binding, Cost, DType, Dim, FINISHED_STEPS, Kernel, Role, Step, Symbol, TapSpec};
+use moewe_shaders::{Linked, Variant, link};
+
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::graph::{Graph, Mla, Node, NodeId, Norm, Op, Rows, Value, WeightId};
+use crate::memory::{Buffers, assign, symbol};
+use crate::pack::{Matrix, Packer};
+use crate::select::{self, MAX_ROWS, Selector, WORKGROUP};
+
+/// Name of the RoPE table among the weights.
+const ANGLES: &str = "moewe.rope_angles";
+
+/// The kernels of a plan, each variant once.
+#[derive(Debug, Default)]
+pub struct Kernels {
+    /// As in the plan.
+    pub list: Vec<Kernel>,
+    /// What each was linked to.
+    pub linked: Vec<Linked>,
+    by_name: HashMap<String, u32>,
+}
+
+impl Kernels {
+    fn get(&mut self, variant: &Variant, why: &str) -> Result<u32> {
+        let name = variant.name();
+        if let Some(&index) = self.by_name.get(&name) {
+            return Ok(index);
+        }
+        let linked = link(variant).map_err(|error| Error::Kernel { detail: error.to_string() })?;
+        let index = self.list.len() as u32;
+        self.list.push(Kernel {
+            file: format!("kernels/{name}.wgsl"),
+            workgroup_size: linked.workgroup_size,
+            bindings: linked.bindings.clone(),
+            why: why.to_owned(),
+            name: name.clone(),
+        });
+        self.linked.push(linked);
+        self.by_name.insert(name, index);
+        Ok(index)
+    }
+}
+
+/// What the programs of a plan share while they are lowered.
+#[derive(Debug)]
+pub struct Shared<'a> {
+    /// Weights.
+    pub packer: Packer<'a>,
+    /// Kernels.
+    pub kernels: Kernels,
+    /// Buffers.
+    pub buffers: Buffers,
+}
+
+/// What a binding of a kernel is to be.
+#[derive(Clone, Copy, Debug)]
+enum Slot {
+    Value(Value),
+    Weight(u32, u32),
+    Buffer(u32),
+    Params,
+}
+
+/// Lowers one graph.
+struct Lowering<'a, 'b> {
+    config: &'a Config,
+    graph: &'a Graph,
+    selector: Selector<'a>,
+    /// Position of the first row of this program's latent caches.
+    first_position: usize,
+    shared: &'a mut Shared<'b>,
+    values: HashMap<Value, u32>,
+    steps: Vec<Step>,
+}
+
+/// Steps and taps of a graph. `program` names the buffers of its tapped values; positions of its rows start at
+/// `first_position`.
+pub fn lower(
+    config: &Config,
+    graph: &Graph,
+    selector: Selector,
+    program: &str,
+    first_position: usize,
+    shared: &mut Shared,
+) -> Result<(Vec<Step>, Vec<TapSpec>)> {
+    let values = assign(graph, program, &mut shared.buffers);
+    let mut lowering = Lowering { config, graph, selector, first_position, shared, values, steps: Vec::new() };
+    for id in 0..graph.nodes.len() {
+        lowering.node(id)?;
+    }
+    let taps = graph.taps.iter().map(|tap| {
+        let ty = graph.ty(tap.value);
+        TapSpec {
+            name: tap.name.clone(),
+            buffer: lowering.values[&tap.value],
+            rows: Dim::Symbol(symbol(ty.rows)),
+            stride: ty.row_len() as u32,
+            offset: tap.offset as u32,
+            columns: tap.columns as u32,
+        }
+    });
+    Ok((taps.collect(), lowering.steps)).map(|(taps, steps)| (steps, taps))
+}
+
+impl Lowering<'_, '_> {
+    fn role(&mut self, role: Role) -> Slot {
+        let config = self.config;
+        let (name, dtype, elements) = match role {
+            Role::Header => ("batch.header", DType::U32, Dim::Const(4)),
+            Role::Tokens => ("batch.tokens", DType::U32, Dim::Times(Symbol::Tokens, 4)),
+            Role::Rows => ("batch.rows", DType::U32, Dim::Symbol(Symbol::Rows)),
+            Role::PageTable => {
+                let pages = select::max_pages(config.max_position_embeddings) as u64;
+                ("batch.pages", DType::U32, Dim::Times(Symbol::Sequences, pages))
+            }
+            Role::Sampling => ("batch.sampling", DType::U32, Dim::Times(Symbol::Sequences, 8)),
+            Role::Seen => ("batch.seen", DType::U32, Dim::Times(Symbol::Sequences, config.vocab_size.div_ceil(32) as u64)),
+            Role::Finished => {
+                ("batch.finished", DType::U32, Dim::Const(1 + u64::from(FINISHED_STEPS) * MAX_ROWS as u64))
+            }
+            Role::Scratch | Role::State | Role::Cache => unreachable!("named by what they hold"),
+        };
+        Slot::Buffer(self.shared.buffers.get(name, dtype, elements, role))
+    }
+
+    fn cache(&mut self, layer: usize) -> Slot {
+        let latent = self.selector.latent();
+        let words = latent.words(self.config.latent_dim() as u64) * u64::from(moewe_plan::PAGE_TOKENS);
+        let name = format!("cache.{}.{layer}", self.selector.precision.name());
+        Slot::Buffer(self.shared.buffers.get(&name, DType::U32, Dim::Times(Symbol::Pages, words), Role::Cache))
+    }
+
+    /// Table of RoPE angles (see shaders/wesl/rope.wesl for the layout).
+    fn angles(&mut self) -> Result<Slot> {
+        let (rope, positions) = (&self.config.rope, self.config.max_position_embeddings + self.config.num_nextn_predict_layers);
+        let index = self.shared.packer.generated(ANGLES, || {
+            let (theta, factor) = (rope.inv_freq(), rope.cos_sin_factor());
+            let fine = (0..256).map(|position| (f64::from(position), factor));
+            let coarse = (0..positions.div_ceil(256)).map(|block| (block as f64 * 256.0, 1.0));
+            fine.chain(coarse)
+                .flat_map(|(position, factor)| {
+                    theta.iter().flat_map(move |theta| {
+                        let (sin, cos) = (position * theta).sin_cos();
+                        [(cos * factor) as f32, (sin * factor) as f32]
+                    })
+                })
+                .collect()
+        })?;
+        Ok(Slot::Weight(index, 0))
+    }
+
+    fn matrix(&mut self, weight: WeightId, granule: usize) -> Result<Matrix> {
+        self.shared.packer.matrix(&self.graph.weights[weight], granule as u64)
+    }
+
+    fn vector(&mut self, weight: WeightId) -> Result<Slot> {
+        Ok(Slot::Weight(self.shared.packer.vector(&self.graph.weights[weight])?, 0))
+    }
+
+    fn norm(&mut self, norm: Option<Norm>, slots: &mut Vec<(&'static str, Slot)>) -> Result<Option<f64>> {
+        if let Some(norm) = norm {
+            slots.push(("norm", self.vector(norm.weight)?));
+        }
+        Ok(norm.map(|norm| norm.eps))
+    }
+
+    /// Length of a row of a value.
+    fn len(&self, value: Value) -> usize {
+        self.graph.ty(value).row_len()
+    }
+
+    fn emit(
+        &mut self,
+        node: &Node,
+        variant: &Variant,
+        slots: &[(&'static str, Slot)],
+        grid: [Dim; 3],
+        params: [u32; 4],
+        cost: Cost,
+    ) -> Result<()> {
+        let why = self.selector.why();
+        let kernel = self.shared.kernels.get(variant, &why)?;
+        let bindings = self.shared.kernels.list[kernel as usize].bindings.iter().map(|layout| {
+            let slot = slots.iter().find(|(name, _)| *name == layout.name).map(|(_, slot)| *slot);
+            match slot {
+                Some(Slot::Value(value)) => Ok(Binding::Buffer(self.values[&value])),
+                Some(Slot::Weight(weight, shard)) => Ok(Binding::Weight { weight, shard }),
+                Some(Slot::Buffer(buffer)) => Ok(Binding::Buffer(buffer)),
+                Some(Slot::Params) => Ok(Binding::Params),
+                None => {
+                    Err(Error::Kernel { detail: format!("{}: nothing bound to {}", variant.name(), layout.name) })
+                }
+            }
+        });
+        let bindings = bindings.collect::<Result<_>>()?;
+        let layer = node.layer.map(|layer| layer as u32);
+        self.steps.push(Step { label: node.label.clone(), layer, kernel, bindings, grid, params, cost });
+        Ok(())
+    }
+
+    fn node(&mut self, id: NodeId) -> Result<()> {
+        let graph = self.graph;
+        let node = &graph.nodes[id];
+        let out = |output| Value { node: id, output };
+        match &node.op {
+            Op::Embed { weight } => self.embed(node, *weight, out(0)),
+            Op::ReadState { .. } | Op::WriteState(_) => Ok(()), // the value lives in the state's buffer
+            Op::RmsNorm(norm) => self.rms_norm(node, *norm, out(0)),
+            Op::Linear { weight, bias, norm } => self.linear(node, *weight, *bias, *norm, out(0)),
+            Op::GateUp { gate, up, norm } => self.gate_up(node, *gate, *up, *norm, out(0)),
+            Op::GatherRows => self.gather_rows(node, out(0)),
+            Op::Sample => self.sample(node, out(0)),
+            Op::Advance => self.advance(node),
+            Op::LatentWrite { layer, norm, mla } => self.latent_write(node, *layer, *norm, mla, out(0)),
+            Op::AbsorbQuery { kv_b, mla, rotate: true } => self.absorb_query(node, *kv_b, mla, out(0)),
+            Op::LatentAttention { layer, mla } => self.latent_attention(node, *layer, mla, out(0)),
+            Op::AbsorbOutput { kv_b, mla } => self.absorb_output(node, *kv_b, mla, out(0)),
+            Op::Router { rule, bias } => {
+                let mut slots = vec![
+                    ("logits", Slot::Value(node.inputs[0])),
+                    ("ids", Slot::Value(out(0))),
+                    ("weights", Slot::Value(out(1))),
+                ];
+                if let Some(bias) = bias {
+                    slots.push(("bias", self.vector(*bias)?));
+                }
+                let variant = select::router(rule, bias.is_some());
+                let cost = Cost { token_bytes: 4 * (rule.experts + 2 * rule.top_k) as u64, ..Cost::default() };
+                self.emit(node, &variant, &slots, [Dim::Symbol(Symbol::Tokens), ONE, ONE], [0; 4], cost)
+            }
+            Op::ExpertGateUp { gate, up, norm } => self.experts_gate_up(node, *gate, *up, *norm, out(0)),
+            Op::ExpertDown { weight } => self.experts_down(node, *weight, out(0)),
+            Op::MtpJoin { enorm, hnorm } => {
+                let n = self.len(node.inputs[0]);
+                let slots = [
+                    ("e", Slot::Value(node.inputs[0])),
+                    ("h", Slot::Value(node.inputs[1])),
+                    ("enorm", self.vector(enorm.weight)?),
+                    ("hnorm", self.vector(hnorm.weight)?),
+                    ("y", Slot::Value(out(0))),
+                ];
+                let cost = Cost { token_bytes: 16 * n as u64, ..Cost::default() };
+                let grid = [Dim::Symbol(Symbol::Tokens), Dim::Const(2), ONE];
+                self.emit(node, &select::mtp_join(n, enorm.eps), &slots, grid, [0; 4], cost)
+            }
+            other => Err(Error::Kernel { detail: format!("{}: no kernel for {}", node.label, other.name()) }),
+        }
+    }
+
+    fn embed(&mut self, node: &Node, weight: WeightId, y: Value) -> Result<()> {
+        let matrix = self.matrix(weight, 1)?;
+        let d = self.len(y);
+        let variant = self.selector.embed(matrix.stored, d);
+        for (shard, &(first, count)) in matrix.shards.iter().enumerate() {
+            let mut slots = vec![
+                ("part", Slot::Params),
+                ("tokens", self.role(Role::Tokens)),
+                ("w", Slot::Weight(matrix.weight, shard as u32)),
+                ("y", Slot::Value(y)),
+            ];
+            slots.extend(matrix.scales.map(|scales| ("w_scale", Slot::Weight(scales, 0))));
+            let grid = [Dim::Const(d.div_ceil(4).div_ceil(WORKGROUP) as u64), Dim::Symbol(Symbol::Tokens), ONE];
+            let cost = Cost { token_bytes: (matrix.row_bytes + 4 * d as u64) / matrix.shards.len() as u64, ..Cost::default() };
+            self.emit(node, &variant, &slots, grid, [first as u32, count as u32, 0, 0], cost)?;
+        }
+        Ok(())
+    }
+
+    fn rms_norm(&mut self, node: &Node, norm: Norm, y: Value) -> Result<()> {
+        let n = self.len(y);
+        let slots =
+            [("x", Slot::Value(node.inputs[0])), ("norm", self.vector(norm.weight)?), ("y", Slot::Value(y))];
+        let rows = Dim::Symbol(symbol(self.graph.ty(y).rows));
+        let cost = Cost { token_bytes: 8 * n as u64, ..Cost::default() };
+        self.emit(node, &select::rms_norm(n, norm.eps), &slots, [rows, ONE, ONE], [0; 4], cost)
+    }
+
+    fn linear(
+        &mut self,
+        node: &Node,
+        weight: WeightId,
+        bias: Option<WeightId>,
+        norm: Option<Norm>,
+        y: Value,
+    ) -> Result<()> {
+        let (x, residual) = (node.inputs[0], node.inputs.get(1).copied());
+        let mut slots = vec![("x", Slot::Value(x)), ("y", Slot::Value(y))];
+        let eps = self.norm(norm, &mut slots)?;
+        if let Some(bias) = bias {
+            slots.push(("bias", self.vector(bias)?));
+        }
+        slots.extend(residual.map(|residual| ("residual", Slot::Value(residual))));
+        let matrix = self.matrix(weight, 1)?;
+        let flags = [("bias", bias.is_some()), ("residual", residual.is_some())];
+        let variant = self.selector.linear(matrix.stored, self.len(y), self.len(x), &flags, eps);
+        self.matrix_steps(node, &variant, &slots, &[("w", "w_scale", &matrix)], x, y)
+    }
+
+    fn gate_up(&mut self, node: &Node, gate: WeightId, up: WeightId, norm: Option<Norm>, y: Value) -> Result<()> {
+        let x = node.inputs[0];
+        let mut slots = vec![("x", Slot::Value(x)), ("y", Slot::Value(y))];
+        let eps = self.norm(norm, &mut slots)?;
+        let (gate, up) = (self.matrix(gate, 1)?, self.matrix(up, 1)?);
+        self.same_format(node, &gate, &up)?;
+        let variant = self.selector.linear(gate.stored, self.len(y), self.len(x), &[("gated", true)], eps);
+        self.matrix_steps(node, &variant, &slots, &[("w", "w_scale", &gate), ("u", "u_scale", &up)], x, y)
+    }
+
+    fn same_format(&self, node: &Node, a: &Matrix, b: &Matrix) -> Result<()> {
+        if a.stored == b.stored {
+            return Ok(());
+        }
+        Err(Error::WrongTensor {
+            path: self.shared.packer.checkpoint.dir().into(),
+            tensor: format!("{}: up_proj", node.label),
+            found: b.stored.format.name().into(),
+            expected: format!("{}, like its gate_proj", a.stored.format.name()),
+        })
+    }
+
+    /// The steps of kernel `linear`, one for each shard of its matrices.
+    fn matrix_steps(
+        &mut self,
+        node: &Node,
+        variant: &Variant,
+        slots: &[(&'static str, Slot)],
+        matrices: &[(&'static str, &'static str, &Matrix)],
+        x: Value,
+        y: Value,
+    ) -> Result<()> {
+        let rows = self.graph.ty(y).rows;
+        let shards = matrices[0].2.shards.clone();
+        for (shard, &(first, count)) in shards.iter().enumerate() {
+            let mut slots = slots.to_vec();
+            slots.push(("batch", self.role(Role::Header)));
+            slots.push(("part", Slot::Params));
+            let mut cost = Cost::default();
+            for (name, scale_name, matrix) in matrices {
+                slots.push((name, Slot::Weight(matrix.weight, shard as u32)));
+                slots.extend(matrix.scales.map(|scales| (*scale_name, Slot::Weight(scales, 0))));
+                cost.fixed_bytes += count * matrix.row_bytes;
+                cost.token_flops += 2 * count * self.len(x) as u64;
+            }
+            cost.token_bytes = 4 * (self.len(x) as u64 + count * (node.inputs.len() as u64));
+            let tile = self.selector.tile as u64;
+            let grid =
+                [Dim::Const(count.div_ceil(self.selector.rows_per_workgroup())), Dim::CeilDiv(symbol(rows), tile), ONE];
+            let params = [first as u32, count as u32, u32::from(rows == Rows::Wanted), 0];
+            self.emit(node, variant, &slots, grid, params, cost)?;
+        }
+        Ok(())
+    }
+
+    fn gather_rows(&mut self, node: &Node, y: Value) -> Result<()> {
+        let n = self.len(y);
+        let slots = [("x", Slot::Value(node.inputs[0])), ("rows", self.role(Role::Rows)), ("y", Slot::Value(y))];
+        let grid = [Dim::Const(n.div_ceil(WORKGROUP) as u64), Dim::Symbol(Symbol::Rows), ONE];
+        let cost = Cost { token_bytes: 8 * n as u64, ..Cost::default() };
+        self.emit(node, &select::gather_rows(n), &slots, grid, [0; 4], cost)
+    }
+
+    fn sample(&mut self, node: &Node, sampled: Value) -> Result<()> {
+        let vocab = self.len(node.inputs[0]);
+        let slots = [
+            ("logits", Slot::Value(node.inputs[0])),
+            ("tokens", self.role(Role::Tokens)),
+            ("rows", self.role(Role::Rows)),
+            ("sampling", self.role(Role::Sampling)),
+            ("seen", self.role(Role::Seen)),
+            ("sampled", Slot::Value(sampled)),
+        ];
+        let cost = Cost { token_bytes: 4 * vocab as u64, ..Cost::default() };
+        let grid = [Dim::Symbol(Symbol::Rows), ONE, ONE];
+        self.emit(node, &select::sample(vocab, self.selector.profile), &slots, grid, [0; 4], cost)
+    }
+
+    fn advance(&mut self, node: &Node) -> Result<()> {
+        let slots = [
+            ("batch", self.role(Role::Header)),
+            ("sampled", Slot::Value(node.inputs[0])),
+            ("tokens", self.role(Role::Tokens)),
+            ("rows", self.role(Role::Rows)),
+            ("finished", self.role(Role::Finished)),
+        ];
+        let grid = [Dim::CeilDiv(Symbol::Rows, MAX_ROWS as u64), ONE, ONE];
+        self.emit(node, &select::advance(), &slots, grid, [0; 4], Cost { token_bytes: 44, ..Cost::default() })
+    }
+
+    fn latent_write(&mut self, node: &Node, layer: usize, norm: Norm, mla: &Mla, row: Value) -> Result<()> {
+        let tapped = self.values.contains_key(&row);
+        let mut slots = vec![
+            ("kv", Slot::Value(node.inputs[0])),
+            ("norm", self.vector(norm.weight)?),
+            ("angles", self.angles()?),
+            ("tokens", self.role(Role::Tokens)),
+            ("pages", self.role(Role::PageTable)),
+            ("cache", self.cache(layer)),
+        ];
+        if tapped {
+            slots.push(("rows", Slot::Value(row)));
+        }
+        let max_pages = select::max_pages(self.config.max_position_embeddings);
+        let variant = self.selector.latent_write(mla, norm.eps, max_pages, self.config.rope.interleave, tapped);
+        let numbers = (mla.rank + mla.rope) as u64;
+        let cost = Cost { token_bytes: 4 * (numbers + self.selector.latent().words(numbers)), ..Cost::default() };
+        self.emit(node, &variant, &slots, [Dim::Symbol(Symbol::Tokens), ONE, ONE], [0; 4], cost)
+    }
+
+    fn absorb_query(&mut self, node: &Node, kv_b: WeightId, mla: &Mla, y: Value) -> Result<()> {
+        let matrix = self.matrix(kv_b, mla.nope + mla.v)?;
+        let variant = self.selector.absorb_query(matrix.stored, mla, self.config.rope.interleave);
+        for (shard, heads) in head_shards(&matrix, mla).into_iter().enumerate() {
+            let mut slots = vec![
+                ("part", Slot::Params),
+                ("q", Slot::Value(node.inputs[0])),
+                ("kv_b", Slot::Weight(matrix.weight, shard as u32)),
+                ("angles", self.angles()?),
+                ("tokens", self.role(Role::Tokens)),
+                ("y", Slot::Value(y)),
+            ];
+            slots.extend(matrix.scales.map(|scales| ("kv_b_scale", Slot::Weight(scales, 0))));
+            let columns = mla.rank.div_ceil(4) + mla.rope / 2;
+            let grid = [
+                Dim::Const(columns.div_ceil(WORKGROUP) as u64),
+                Dim::Const(heads.1),
+                Dim::Symbol(Symbol::Tokens),
+            ];
+            let cost = Cost {
+                fixed_bytes: heads.1 * mla.nope as u64 * matrix.row_bytes,
+                token_bytes: 4 * heads.1 * (mla.nope + mla.rank + 2 * mla.rope) as u64,
+                token_flops: 2 * heads.1 * (mla.nope * mla.rank) as u64,
+                ..Cost::default()
+            };
+            self.emit(node, &variant, &slots, grid, [heads.0 as u32, heads.1 as u32, 0, 0], cost)?;
+        }
+        Ok(())
+    }
+
+    fn latent_attention(&mut self, node: &Node, layer: usize, mla: &Mla, y: Value) -> Result<()> {
+        let max_pages = select::max_pages(self.config.max_position_embeddings);
+        let variant = self.selector.latent_attention(mla, max_pages, self.first_position);
+        let slots = [
+            ("q", Slot::Value(node.inputs[0])),
+            ("cache", self.cache(layer)),
+            ("tokens", self.role(Role::Tokens)),
+            ("pages", self.role(Role::PageTable)),
+            ("y", Slot::Value(y)),
+        ];
+        let numbers = mla.rank + mla.rope;
+        let cost = Cost {
+            token_bytes: 4 * (mla.heads * (numbers + mla.rank)) as u64,
+            context_bytes: 4 * self.selector.latent().words(numbers as u64),
+            context_flops: 2 * (mla.heads * (numbers + mla.rank)) as u64,
+            ..Cost::default()
+        };
+        let grid = [Dim::Const(mla.heads as u64), Dim::Symbol(Symbol::Tokens), ONE];
+        self.emit(node, &variant, &slots, grid, [0; 4], cost)
+    }
+
+    fn absorb_output(&mut self, node: &Node, kv_b: WeightId, mla: &Mla, y: Value) -> Result<()> {
+        let matrix = self.matrix(kv_b, mla.nope + mla.v)?;
+        let variant = self.selector.absorb_output(matrix.stored, mla);
+        for (shard, heads) in head_shards(&matrix, mla).into_iter().enumerate() {
+            let mut slots = vec![
+                ("batch", self.role(Role::Header)),
+                ("part", Slot::Params),
+                ("x", Slot::Value(node.inputs[0])),
+                ("kv_b", Slot::Weight(matrix.weight, shard as u32)),
+                ("y", Slot::Value(y)),
+            ];
+            slots.extend(matrix.scales.map(|scales| ("kv_b_scale", Slot::Weight(scales, 0))));
+            let rows = heads.1 * mla.v as u64;
+            let grid = [
+                Dim::Const(rows.div_ceil(self.selector.rows_per_workgroup())),
+                Dim::CeilDiv(Symbol::Tokens, self.selector.tile as u64),
+                ONE,
+            ];
+            let cost = Cost {
+                fixed_bytes: rows * matrix.row_bytes,
+                token_bytes: 4 * heads.1 * (mla.rank + mla.v) as u64,
+                token_flops: 2 * rows * mla.rank as u64,
+                ..Cost::default()
+            };
+            self.emit(node, &variant, &slots, grid, [heads.0 as u32, heads.1 as u32, 0, 0], cost)?;
+        }
+        Ok(())
+    }
+
+    fn experts_gate_up(
+        &mut self,
+        node: &Node,
+        gate: WeightId,
+        up: WeightId,
+        norm: Option<Norm>,
+        y: Value,
+    ) -> Result<()> {
+        let (x, ids) = (node.inputs[0], node.inputs[1]);
+        let mut slots = vec![("x", Slot::Value(x)), ("ids", Slot::Value(ids)), ("y", Slot::Value(y))];
+        let eps = self.norm(norm, &mut slots)?;
+        let (gate, up) = (self.matrix(gate, 1)?, self.matrix(up, 1)?);
+        self.same_format(node, &gate, &up)?;
+        let (top_k, k) = (self.len(ids), self.len(x));
+        let n = self.len(y) / top_k;
+        let variant = self.selector.experts_gate_up(gate.stored, n, k, top_k, eps);
+        for (shard, &(first, count)) in gate.shards.iter().enumerate() {
+            let mut slots = slots.clone();
+            slots.extend([
+                ("part", Slot::Params),
+                ("gate", Slot::Weight(gate.weight, shard as u32)),
+                ("up", Slot::Weight(up.weight, shard as u32)),
+            ]);
+            slots.extend(gate.scales.map(|scales| ("gate_scale", Slot::Weight(scales, 0))));
+            slots.extend(up.scales.map(|scales| ("up_scale", Slot::Weight(scales, 0))));
+            let grid = [
+                Dim::Const((n as u64).div_ceil(self.selector.rows_per_workgroup())),
+                Dim::Times(Symbol::Tokens, top_k as u64),
+                ONE,
+            ];
+            let shards = gate.shards.len() as u64; // the chosen experts are spread over the shards
+            let cost = Cost {
+                token_bytes: top_k as u64 * (n as u64 * (2 * gate.row_bytes + 4) + 4 * k as u64) / shards,
+                token_flops: 4 * (top_k * n * k) as u64 / shards,
+                ..Cost::default()
+            };
+            self.emit(node, &variant, &slots, grid, [first as u32, count as u32, 0, 0], cost)?;
+        }
+        Ok(())
+    }
+
+    fn experts_down(&mut self, node: &Node, weight: WeightId, result: Value) -> Result<()> {
+        let [y, ids, weights, residual] = node.inputs[..] else { unreachable!("verified") };
+        let matrix = self.matrix(weight, 1)?;
+        let top_k = self.len(ids);
+        let (k, n) = (self.len(y) / top_k, self.len(result));
+        for (shard, &(first, count)) in matrix.shards.iter().enumerate() {
+            let variant = self.selector.experts_down(matrix.stored, n, k, top_k, shard == 0);
+            let mut slots = vec![
+                ("part", Slot::Params),
+                ("y", Slot::Value(y)),
+                ("ids", Slot::Value(ids)),
+                ("weights", Slot::Value(weights)),
+                ("down", Slot::Weight(matrix.weight, shard as u32)),
+                ("residual", Slot::Value(residual)),
+                ("result", Slot::Value(result)),
+            ];
+            slots.extend(matrix.scales.map(|scales| ("down_scale", Slot::Weight(scales, 0))));
+            let grid =
+                [Dim::Const((n as u64).div_ceil(self.selector.rows_per_workgroup())), Dim::Symbol(Symbol::Tokens), ONE];
+            let shards = matrix.shards.len() as u64;
+            let cost = Cost {
+                token_bytes: (top_k as u64 * (n as u64 * matrix.row_bytes + 4 * k as u64)) / shards + 8 * n as u64,
+                token_flops: 2 * (top_k * n * k) as u64 / shards,
+                ..Cost::default()
+            };
+            self.emit(node, &variant, &slots, grid, [first as u32, count as u32, 0, 0], cost)?;
+        }
+        Ok(())
+    }
+}
+
+/// The heads of each shard of `kv_b`: first and number.
+fn head_shards(matrix: &Matrix, mla: &Mla) -> Vec<(u64, u64)> {
+    let rows = (mla.nope + mla.v) as u64;
+    matrix.shards.iter().map(|(first, count)| (first / rows, count / rows)).collect()
+}
+
+const ONE: Dim = Dim::Const(1);

@@ -1,0 +1,116 @@
+//! Memory planning: which buffer holds which value when. Values whose lives do not overlap share a buffer; values that
+//! are tapped or kept for a later program have one of their own.
+
+use std::collections::HashMap;
+
+use moewe_plan::{Buffer, DType, Dim, Role, Symbol};
+
+use crate::graph::{Graph, Op, Rows, TensorType, Value};
+
+/// The buffers of a plan, shared by its programs.
+#[derive(Debug, Default)]
+pub struct Buffers {
+    /// As in the plan.
+    pub list: Vec<Buffer>,
+    by_name: HashMap<String, u32>,
+}
+
+impl Buffers {
+    /// The buffer of this name, made if it is new, grown if it was smaller.
+    pub fn get(&mut self, name: &str, dtype: DType, elements: Dim, role: Role) -> u32 {
+        if let Some(&index) = self.by_name.get(name) {
+            let buffer = &mut self.list[index as usize];
+            if let (Dim::Times(_, old), Dim::Times(_, new)) = (&mut buffer.elements, &elements) {
+                *old = (*old).max(*new);
+            }
+            return index;
+        }
+        let index = self.list.len() as u32;
+        self.list.push(Buffer { name: name.into(), dtype, elements, role });
+        self.by_name.insert(name.into(), index);
+        index
+    }
+}
+
+/// The symbol that counts the rows of a tensor.
+pub fn symbol(rows: Rows) -> Symbol {
+    match rows {
+        Rows::Tokens => Symbol::Tokens,
+        Rows::Wanted => Symbol::Rows,
+    }
+}
+
+/// A buffer for each value of `graph` that needs one. `program` names the buffers of tapped values.
+pub fn assign(graph: &Graph, program: &str, buffers: &mut Buffers) -> HashMap<Value, u32> {
+    let mut last_use: HashMap<Value, usize> = HashMap::new();
+    let mut state: HashMap<Value, String> = HashMap::new();
+    for (id, node) in graph.nodes.iter().enumerate() {
+        for input in &node.inputs {
+            last_use.insert(*input, id);
+        }
+        match &node.op {
+            Op::WriteState(name) => drop(state.insert(node.inputs[0], name.clone())),
+            Op::ReadState { name, .. } => drop(state.insert(Value { node: id, output: 0 }, name.clone())),
+            _ => {}
+        }
+    }
+    let elements = |ty: &TensorType| Dim::Times(symbol(ty.rows), ty.row_len() as u64);
+
+    // Scratch buffers of this program: size of a row, and whether a living value is in it.
+    let mut scratch: Vec<(Rows, DType, usize, bool)> = Vec::new();
+    let mut in_scratch: HashMap<Value, usize> = HashMap::new();
+    let mut assigned: HashMap<Value, u32> = HashMap::new();
+    for (id, node) in graph.nodes.iter().enumerate() {
+        for (output, ty) in node.outputs.iter().enumerate() {
+            let value = Value { node: id, output };
+            let needed = graph.is_tapped(value) || !matches!(node.op, Op::LatentWrite { .. });
+            if let Some(name) = state.get(&value) {
+                let name = format!("state.{name}");
+                assigned.insert(value, buffers.get(&name, ty.dtype, elements(ty), Role::State));
+            } else if graph.is_tapped(value) {
+                let name = format!("{program}.{}.{output}", node.label);
+                assigned.insert(value, buffers.get(&name, ty.dtype, elements(ty), Role::Scratch));
+            } else if needed {
+                in_scratch.insert(value, take(&mut scratch, ty));
+            }
+        }
+        for (value, slot) in &in_scratch {
+            let end = last_use.get(value).copied().unwrap_or(value.node);
+            if end == id {
+                scratch[*slot].3 = false;
+            }
+        }
+    }
+    let named: Vec<u32> = scratch
+        .iter()
+        .enumerate()
+        .map(|(slot, (rows, dtype, length, _))| {
+            let kind = match (rows, dtype) {
+                (Rows::Tokens, DType::F32) => "tokens.f32",
+                (Rows::Tokens, DType::U32) => "tokens.u32",
+                (Rows::Wanted, DType::F32) => "rows.f32",
+                (Rows::Wanted, DType::U32) => "rows.u32",
+            };
+            let nth = scratch[..slot].iter().filter(|(r, d, ..)| (r, d) == (rows, dtype)).count();
+            let dim = Dim::Times(symbol(*rows), *length as u64);
+            buffers.get(&format!("scratch.{kind}.{nth}"), *dtype, dim, Role::Scratch)
+        })
+        .collect();
+    assigned.extend(in_scratch.into_iter().map(|(value, slot)| (value, named[slot])));
+    assigned
+}
+
+/// A free slot for a tensor: the smallest that is large enough, else the largest, grown, else a new one.
+fn take(scratch: &mut Vec<(Rows, DType, usize, bool)>, ty: &TensorType) -> usize {
+    let length = ty.row_len().max(1);
+    let free = |(_, slot): &(usize, &(Rows, DType, usize, bool))| !slot.3 && (slot.0, slot.1) == (ty.rows, ty.dtype);
+    let fitting = scratch.iter().enumerate().filter(free).filter(|(_, slot)| slot.2 >= length).min_by_key(|(_, slot)| slot.2);
+    let chosen = fitting.or_else(|| scratch.iter().enumerate().filter(free).max_by_key(|(_, slot)| slot.2)).map(|(i, _)| i);
+    let chosen = chosen.unwrap_or_else(|| {
+        scratch.push((ty.rows, ty.dtype, length, true));
+        scratch.len() - 1
+    });
+    scratch[chosen].2 = scratch[chosen].2.max(length);
+    scratch[chosen].3 = true;
+    chosen
+}

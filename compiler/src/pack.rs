@@ -1,0 +1,239 @@
+//! The weights of a plan: in which format each tensor stands on the device, how it is cut to fit a binding, and from which
+//! bytes of which files it is made.
+
+use std::collections::HashMap;
+
+use moewe_plan::{Segment, Shard, Weight, WeightFile, WeightFormat};
+
+use crate::checkpoint::{Checkpoint, Dtype};
+use crate::error::{Error, Result};
+use crate::graph::WeightRef;
+use crate::select::{Scales, Stored};
+use crate::tensors::{self, Role};
+
+/// What a weight is made of.
+#[derive(Clone, Debug)]
+pub(crate) enum Content {
+    /// Tensors of the checkpoint, one after the other.
+    Tensors(Vec<String>),
+    /// Numbers that the compiler made.
+    Generated(Vec<f32>),
+}
+
+/// A weight of the plan before its bytes are placed.
+#[derive(Clone, Debug)]
+pub(crate) struct Item {
+    pub(crate) weight: Weight,
+    pub(crate) content: Content,
+}
+
+impl Item {
+    /// Whether rows keep their padding: matrices do, flat lists of numbers have it only at their end.
+    pub(crate) fn is_flat(&self) -> bool {
+        self.weight.shape.len() == 2 && self.weight.shape[0] == 1
+    }
+}
+
+/// A matrix as lowering needs it.
+#[derive(Clone, Debug)]
+pub struct Matrix {
+    /// Index into the plan's weights.
+    pub weight: u32,
+    /// Index of its scales, if it has any.
+    pub scales: Option<u32>,
+    /// How it is stored.
+    pub stored: Stored,
+    /// First slice and number of slices of each shard.
+    pub shards: Vec<(u64, u64)>,
+    /// Bytes of a row, scales left out.
+    pub row_bytes: u64,
+}
+
+/// Collects the weights of all programs.
+#[derive(Debug)]
+pub struct Packer<'a> {
+    pub(crate) checkpoint: &'a Checkpoint,
+    /// Format that linears and embeddings are converted to; `None` keeps them as stored.
+    format: Option<WeightFormat>,
+    /// Largest binding.
+    limit: u64,
+    roles: HashMap<String, Role>,
+    pub(crate) items: Vec<Item>,
+    index: HashMap<String, u32>,
+}
+
+impl<'a> Packer<'a> {
+    /// A packer for a checkpoint (which may lack weights: then the plan is made without).
+    pub fn new(checkpoint: &'a Checkpoint, format: Option<WeightFormat>, limit: u64) -> Self {
+        let roles = tensors::expected(checkpoint.config()).into_iter().map(|t| (t.name, t.role)).collect();
+        Self { checkpoint, format, limit, roles, items: Vec::new(), index: HashMap::new() }
+    }
+
+    fn names(weight: &WeightRef) -> Vec<String> {
+        match weight.experts {
+            None => vec![weight.name.clone()],
+            Some(experts) => (0..experts).map(|expert| weight.name.replace('*', &expert.to_string())).collect(),
+        }
+    }
+
+    /// Format in which the checkpoint stores a tensor, or would if it had weights.
+    fn stored_format(&self, name: &str) -> Result<WeightFormat> {
+        let config = self.checkpoint.config();
+        let dtype = match self.checkpoint.find(name) {
+            Some(tensor) => tensor.dtype,
+            None if self.checkpoint.has_weights() => return Err(self.checkpoint.tensor(name).err().unwrap_or_else(|| unreachable!())),
+            None if config.quantization.is_some() && self.roles.get(name) == Some(&Role::Linear) => Dtype::F8E4m3,
+            None => config.torch_dtype.unwrap_or(Dtype::Bf16),
+        };
+        match dtype {
+            Dtype::F32 => Ok(WeightFormat::F32),
+            Dtype::F16 => Ok(WeightFormat::F16),
+            Dtype::Bf16 => Ok(WeightFormat::Bf16),
+            Dtype::F8E4m3 => Ok(WeightFormat::Fp8),
+            other => Err(Error::WrongTensor {
+                path: self.checkpoint.dir().into(),
+                tensor: name.into(),
+                found: other.to_string(),
+                expected: "F32, F16, BF16 or F8_E4M3".into(),
+            }),
+        }
+    }
+
+    /// A matrix, or one for each expert. `granule`: rows that must stay together in a shard (experts are never cut).
+    pub fn matrix(&mut self, weight: &WeightRef, granule: u64) -> Result<Matrix> {
+        let names = Self::names(weight);
+        let stored = self.stored_format(&names[0])?;
+        for name in &names[1..] {
+            let other = self.stored_format(name)?;
+            if other != stored {
+                return Err(Error::WrongTensor {
+                    path: self.checkpoint.dir().into(),
+                    tensor: name.clone(),
+                    found: other.name().into(),
+                    expected: format!("{}, like the other experts of its layer", stored.name()),
+                });
+            }
+        }
+        // The router is never converted: a rounded logit may choose another expert.
+        let is_router = weight.name.ends_with("mlp.gate.weight");
+        let format = if is_router { stored } else { self.format.unwrap_or(stored) };
+        let (rows, columns) = (weight.shape[0] as u64, weight.shape[1] as u64);
+        let shape = match weight.experts {
+            None => vec![rows, columns],
+            Some(experts) => vec![experts as u64, rows, columns],
+        };
+        let mut plan = Weight { name: weight.name.clone(), format, shape, shards: Vec::new() };
+        let slice = plan.slice_bytes().filter(|bytes| *bytes > 0).expect("checked configurations have sane shapes");
+        let granule = if weight.experts.is_some() { 1 } else { granule };
+        let fit = self.limit / slice / granule * granule;
+        if fit == 0 {
+            return Err(Error::Argument {
+                what: format!("max_binding_bytes of the target, for tensor `{}`,", weight.name),
+                found: self.limit.to_string(),
+                expected: format!("at least {} (one {} of it)", slice * granule, if granule > 1 { "head" } else { "slice" }),
+            });
+        }
+        let mut first = 0;
+        while first < plan.shape[0] {
+            let count = fit.min(plan.shape[0] - first);
+            plan.shards.push(Shard { first, count, segments: Vec::new() });
+            first += count;
+        }
+        let shards = plan.shards.iter().map(|shard| (shard.first, shard.count)).collect();
+        let row_bytes = columns.next_multiple_of(4) * format.bytes();
+        let index = self.add(Item { weight: plan, content: Content::Tensors(names.clone()) });
+        let scales = if format == WeightFormat::Fp8 { Some(self.scales(weight, &names)?) } else { None };
+        Ok(Matrix {
+            weight: index,
+            scales: scales.map(|(index, _)| index),
+            stored: Stored { format, scales: scales.map(|(_, scales)| scales) },
+            shards,
+            row_bytes,
+        })
+    }
+
+    fn scales(&mut self, weight: &WeightRef, names: &[String]) -> Result<(u32, Scales)> {
+        let block = self.checkpoint.config().quantization.as_ref().map(|q| q.weight_block_size);
+        let block = block.ok_or_else(|| Error::WrongTensor {
+            path: self.checkpoint.dir().into(),
+            tensor: names[0].clone(),
+            found: "F8_E4M3".into(),
+            expected: "another dtype, since config.json has no quantization_config".into(),
+        })?;
+        let (rows, columns) = (weight.shape[0].div_ceil(block[0]), weight.shape[1].div_ceil(block[1]));
+        let names: Vec<String> = names.iter().map(|name| format!("{name}_scale_inv")).collect();
+        let length = (rows * columns * names.len()) as u64;
+        let index = self.add_flat(format!("{}_scale_inv", weight.name), length, Content::Tensors(names))?;
+        Ok((index, Scales { rows, columns, block }))
+    }
+
+    /// A vector, kept in f32.
+    pub fn vector(&mut self, weight: &WeightRef) -> Result<u32> {
+        self.add_flat(weight.name.clone(), weight.shape[0] as u64, Content::Tensors(vec![weight.name.clone()]))
+    }
+
+    /// Numbers that the compiler made.
+    pub fn generated(&mut self, name: &str, numbers: impl FnOnce() -> Vec<f32>) -> Result<u32> {
+        if let Some(index) = self.index.get(name) {
+            return Ok(*index);
+        }
+        let numbers = numbers();
+        self.add_flat(name.into(), numbers.len() as u64, Content::Generated(numbers))
+    }
+
+    fn add_flat(&mut self, name: String, length: u64, content: Content) -> Result<u32> {
+        let shard = Shard { first: 0, count: 1, segments: Vec::new() };
+        let weight = Weight { name, format: WeightFormat::F32, shape: vec![1, length], shards: vec![shard] };
+        let bytes = weight.slice_bytes().unwrap_or(u64::MAX);
+        if bytes > self.limit {
+            return Err(Error::Argument {
+                what: format!("max_binding_bytes of the target, for tensor `{}`,", weight.name),
+                found: self.limit.to_string(),
+                expected: format!("at least {bytes}"),
+            });
+        }
+        Ok(self.add(Item { weight, content }))
+    }
+
+    fn add(&mut self, item: Item) -> u32 {
+        let next = self.items.len() as u32;
+        let index = *self.index.entry(item.weight.name.clone()).or_insert(next);
+        if index == next {
+            self.items.push(item);
+        }
+        index
+    }
+
+    /// The weights without bytes, for a plan that is made without them.
+    pub fn without_weights(self) -> (Vec<WeightFile>, Vec<Weight>) {
+        (Vec::new(), self.items.into_iter().map(|item| item.weight).collect())
+    }
+}
+
+/// Where the packed form of a tensor stands: a file and the offset and length of its bytes.
+pub(crate) type Place = Segment;
+
+/// Gives each shard of `item` its segments. `place(i)` says where content tensor i stands (padded for matrices), `zeros`
+/// where some zero bytes stand, for padding behind flat lists.
+pub(crate) fn place_item(item: &mut Item, place: impl Fn(usize) -> Place, zeros: Option<Place>) {
+    let slice = item.weight.slice_bytes().expect("checked when it was added");
+    let flat = item.is_flat();
+    let stacked = item.weight.shape.len() == 3;
+    let parts = match &item.content {
+        Content::Tensors(names) => names.len(),
+        Content::Generated(_) => 1,
+    };
+    for shard in &mut item.weight.shards {
+        shard.segments = if flat {
+            let mut segments: Vec<Segment> = (0..parts).map(&place).collect();
+            let missing = slice - segments.iter().map(|segment| segment.bytes).sum::<u64>();
+            segments.extend(zeros.filter(|_| missing > 0).map(|zeros| Segment { bytes: missing, ..zeros }));
+            segments
+        } else if stacked {
+            (shard.first..shard.first + shard.count).map(|expert| place(expert as usize)).collect()
+        } else {
+            let whole = place(0);
+            vec![Segment { offset: whole.offset + shard.first * slice, bytes: shard.count * slice, ..whole }]
+        };
+    }
+}

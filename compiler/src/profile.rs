@@ -1,0 +1,105 @@
+//! Device profiles: what a plan is compiled for. They are files, so compiling needs no GPU.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// Limits of a class of devices and how its kernels are shaped.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Profile {
+    /// Name.
+    pub name: String,
+    /// What devices it is for, in a line.
+    pub description: String,
+    /// Largest storage buffer binding, in bytes. Larger weights are sharded.
+    pub max_binding_bytes: u64,
+    /// Storage buffers that a kernel may bind.
+    pub storage_buffers: u32,
+    /// Invocations that a workgroup may have.
+    pub workgroup_invocations: u32,
+    /// Workgroup memory, in bytes.
+    pub workgroup_bytes: u32,
+    /// Subgroup size, if subgroup operations may be used and it is always this.
+    pub subgroup_size: Option<u32>,
+    /// Invocations of a workgroup of kernels that multiply matrices; a power of two.
+    pub workgroup: u32,
+    /// Invocations that share a row of a matrix; a power of two.
+    pub lanes: u32,
+    /// Tokens that share a row of a matrix in batches of more than a few tokens.
+    pub token_tile: u32,
+}
+
+const BUILT_IN: &[&str] = &[
+    include_str!("../profiles/generic-vulkan.json"),
+    include_str!("../profiles/hopper.json"),
+    include_str!("../profiles/lavapipe.json"),
+    include_str!("../profiles/webgpu.json"),
+];
+
+impl Profile {
+    /// The profiles that come with moewe.
+    pub fn built_in() -> Vec<Self> {
+        BUILT_IN.iter().map(|text| serde_json::from_str(text).expect("built-in profiles are tested")).collect()
+    }
+
+    /// A built-in profile by name, or one from a file.
+    pub fn load(name_or_path: &str) -> Result<Self> {
+        let mut built_in = Self::built_in();
+        if let Some(at) = built_in.iter().position(|profile| profile.name == name_or_path) {
+            return Ok(built_in.swap_remove(at));
+        }
+        let path = Path::new(name_or_path);
+        if !path.is_file() {
+            let names: Vec<_> = built_in.into_iter().map(|profile| profile.name).collect();
+            return Err(Error::Target { found: name_or_path.into(), known: names.join(", ") });
+        }
+        let text = std::fs::read_to_string(path).map_err(|source| Error::Read { path: path.into(), source })?;
+        let profile: Self = serde_json::from_str(&text)
+            .map_err(|error| Error::Json { path: path.into(), detail: error.to_string() })?;
+        profile.check().map_err(|detail| Error::Json { path: path.into(), detail })?;
+        Ok(profile)
+    }
+
+    fn check(&self) -> Result<(), String> {
+        let powers = [("workgroup", self.workgroup), ("lanes", self.lanes)];
+        for (field, value) in powers {
+            if !value.is_power_of_two() {
+                return Err(format!("{field} is {value}, a power of two is expected"));
+            }
+        }
+        if self.lanes > self.workgroup || self.workgroup > self.workgroup_invocations.min(1024) {
+            return Err(format!("lanes {} ≤ workgroup {} ≤ 1024 does not hold", self.lanes, self.workgroup));
+        }
+        if self.subgroup_size.is_some_and(|size| self.lanes > size) {
+            return Err(format!("lanes {} exceed subgroup_size", self.lanes));
+        }
+        if self.workgroup < 32 || !(1..=64).contains(&self.token_tile) || self.max_binding_bytes < 1024 {
+            return Err("workgroup ≥ 32, token_tile 1 … 64 and max_binding_bytes ≥ 1024 are expected".into());
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn built_in_profiles_are_sound_and_named_like_their_files() {
+        let profiles = Profile::built_in();
+        assert_eq!(profiles.len(), 4);
+        for profile in profiles {
+            profile.check().unwrap();
+            assert_eq!(Profile::load(&profile.name).unwrap(), profile);
+        }
+    }
+
+    #[test]
+    fn unknown_profile_names_the_known_ones() {
+        let message = Profile::load("toaster").unwrap_err().to_string();
+        assert!(message.contains("toaster") && message.contains("lavapipe"), "{message}");
+    }
+}

@@ -1,0 +1,226 @@
+//! Which variant of a kernel serves an operation: a pure function of the operation and the device profile, which can say
+//! why it chose.
+
+use moewe_plan::{PAGE_TOKENS, Precision, WeightFormat};
+use moewe_shaders::{Latent, Reduce, Variant};
+
+use crate::graph::{Mla, RouterRule};
+use crate::config::{Scoring, TopkMethod};
+use crate::profile::Profile;
+
+/// Batches of at most this many tokens are served by kernels that read the weights once for each token, and waste nothing
+/// on absent tokens.
+pub const FEW_TOKENS: usize = 4;
+
+/// What variants depend on beside the operation itself.
+#[derive(Clone, Copy, Debug)]
+pub struct Selector<'a> {
+    /// The device.
+    pub profile: &'a Profile,
+    /// How latents are kept.
+    pub precision: Precision,
+    /// Tokens that share a row of a matrix.
+    pub tile: usize,
+}
+
+/// Shape of the scales of a quantised weight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Scales {
+    /// Rows of scales.
+    pub rows: usize,
+    /// Columns of scales.
+    pub columns: usize,
+    /// Rows and columns of a block.
+    pub block: [usize; 2],
+}
+
+/// A weight as a kernel sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stored {
+    /// Format.
+    pub format: WeightFormat,
+    /// Scales, if the format has them.
+    pub scales: Option<Scales>,
+}
+
+impl Selector<'_> {
+    /// Rows of a matrix that a workgroup computes.
+    pub fn rows_per_workgroup(&self) -> u64 {
+        u64::from(self.profile.workgroup / self.profile.lanes)
+    }
+
+    /// Where latents are stored as what.
+    pub fn latent(&self) -> Latent {
+        match self.precision {
+            Precision::Exact => Latent::F32,
+            Precision::Fast => Latent::F16,
+        }
+    }
+
+    /// Why matrix kernels look as they do, in a line.
+    pub fn why(&self) -> String {
+        let lanes = match (self.profile.lanes, self.profile.subgroup_size) {
+            (1, _) => "one invocation a row".to_owned(),
+            (lanes, Some(_)) => format!("{lanes} lanes a row, added by subgroup shuffles"),
+            (lanes, None) => format!("{lanes} lanes a row, added through workgroup memory"),
+        };
+        format!("profile {}: {lanes}; {} tokens share a row", self.profile.name, self.tile)
+    }
+
+    fn matrix(&self, kernel: &'static str, stored: Stored, k: usize) -> Variant {
+        let reduce = match (self.profile.lanes, self.profile.subgroup_size) {
+            (1, _) => Reduce::None,
+            (_, Some(_)) => Reduce::Subgroup,
+            (_, None) => Reduce::Workgroup,
+        };
+        scaled(Variant::new(kernel), stored)
+            .reduce(reduce)
+            .flag("aligned", k.is_multiple_of(4))
+            .int("WG", self.profile.workgroup as usize)
+            .int("LANES", self.profile.lanes as usize)
+    }
+
+    /// Matrix product with what is fused into it.
+    pub fn linear(&self, stored: Stored, n: usize, k: usize, flags: &[(&'static str, bool)], eps: Option<f64>) -> Variant {
+        let variant = self.matrix("linear", stored, k).int("N", n).int("K", k).int("TILE", self.tile);
+        with_norm(flags.iter().fold(variant, |variant, (flag, on)| variant.flag(flag, *on)), eps)
+    }
+
+    /// First half of routed experts.
+    pub fn experts_gate_up(&self, stored: Stored, n: usize, k: usize, top_k: usize, eps: Option<f64>) -> Variant {
+        with_norm(self.matrix("experts_gate_up", stored, k).int("N", n).int("K", k).int("TOP_K", top_k), eps)
+    }
+
+    /// Second half of routed experts.
+    pub fn experts_down(&self, stored: Stored, n: usize, k: usize, top_k: usize, residual: bool) -> Variant {
+        self.matrix("experts_down", stored, k).int("N", n).int("K", k).int("TOP_K", top_k).flag("residual", residual)
+    }
+
+    /// Value half of absorbed attention.
+    pub fn absorb_output(&self, stored: Stored, mla: &Mla) -> Variant {
+        self.matrix("absorb_output", stored, mla.rank)
+            .int("HEADS", mla.heads)
+            .int("NOPE", mla.nope)
+            .int("V", mla.v)
+            .int("RANK", mla.rank)
+            .int("TILE", self.tile)
+    }
+
+    /// Query half of absorbed attention.
+    pub fn absorb_query(&self, stored: Stored, mla: &Mla, interleave: bool) -> Variant {
+        scaled(Variant::new("absorb_query"), stored)
+            .flag("interleave", interleave)
+            .int("HEADS", mla.heads)
+            .int("NOPE", mla.nope)
+            .int("ROPE", mla.rope)
+            .int("ROPE_PAIRS", mla.rope / 2)
+            .int("V", mla.v)
+            .int("RANK", mla.rank)
+            .int("WG", WORKGROUP)
+    }
+
+    /// Attention over latents; positions below `first` were never written.
+    pub fn latent_attention(&self, mla: &Mla, max_pages: usize, first: usize) -> Variant {
+        Variant::new("latent_attention")
+            .latent(self.latent())
+            .int("HEADS", mla.heads)
+            .int("RANK", mla.rank)
+            .int("ROPE", mla.rope)
+            .int("MAX_PAGES", max_pages)
+            .int("FIRST", first)
+            .float("SOFTMAX_SCALE", mla.softmax_scale)
+    }
+
+    /// Norm of the latent, RoPE of the key, cache write.
+    pub fn latent_write(&self, mla: &Mla, eps: f64, max_pages: usize, interleave: bool, tapped: bool) -> Variant {
+        Variant::new("latent_write")
+            .latent(self.latent())
+            .flag("interleave", interleave)
+            .flag("tapped", tapped)
+            .int("RANK", mla.rank)
+            .int("ROPE", mla.rope)
+            .int("ROPE_PAIRS", mla.rope / 2)
+            .int("MAX_PAGES", max_pages)
+            .int("WG", WORKGROUP)
+            .float("EPS", eps)
+    }
+
+    /// Row of the embedding.
+    pub fn embed(&self, stored: Stored, d: usize) -> Variant {
+        scaled(Variant::new("embed"), stored).int("D", d).int("WG", WORKGROUP)
+    }
+}
+
+/// Invocations of kernels that are bound by latency.
+pub const WORKGROUP: usize = 64;
+/// Rows of logits that a batch may ask for: one workgroup of `advance` has an invocation for each.
+pub const MAX_ROWS: usize = WORKGROUP;
+
+/// Router.
+pub fn router(rule: &RouterRule, bias: bool) -> Variant {
+    let groups = rule.limits_groups();
+    let variant = Variant::new("router")
+        .flag("bias", bias)
+        .flag("groups", groups)
+        .flag("normalise", rule.normalise)
+        .flag("softmax", rule.scoring == Scoring::Softmax)
+        .flag("top2", rule.method == TopkMethod::NoauxTc)
+        .int("E", rule.experts)
+        .int("TOP_K", rule.top_k)
+        .int("N_GROUP", if groups { rule.n_group } else { 1 })
+        .int("WG", WORKGROUP)
+        .float("SCALE", rule.scale);
+    if groups { variant.int("TOPK_GROUP", rule.topk_group) } else { variant }
+}
+
+/// Standalone norm.
+pub fn rms_norm(n: usize, eps: f64) -> Variant {
+    Variant::new("rms_norm").int("N", n).int("WG", WORKGROUP).float("EPS", eps)
+}
+
+/// Entry of a module of multi-token prediction.
+pub fn mtp_join(n: usize, eps: f64) -> Variant {
+    Variant::new("mtp_join").int("N", n).int("WG", WORKGROUP).float("EPS", eps)
+}
+
+/// Rows whose logits are wanted.
+pub fn gather_rows(n: usize) -> Variant {
+    Variant::new("gather_rows").int("N", n).int("WG", WORKGROUP)
+}
+
+/// Sampler.
+pub fn sample(vocab: usize, profile: &Profile) -> Variant {
+    Variant::new("sample").int("V", vocab).int("WG", profile.workgroup_invocations.min(256) as usize)
+}
+
+/// Next batch.
+pub fn advance() -> Variant {
+    Variant::new("advance")
+        .int("MAX_ROWS", MAX_ROWS)
+        .int("STEPS", moewe_plan::FINISHED_STEPS as usize)
+        .int("WG", MAX_ROWS)
+}
+
+/// Pages that the longest sequence needs.
+pub fn max_pages(max_context: usize) -> usize {
+    max_context.div_ceil(PAGE_TOKENS as usize)
+}
+
+fn scaled(variant: Variant, stored: Stored) -> Variant {
+    let variant = variant.weight(stored.format);
+    match stored.scales {
+        None => variant,
+        Some(scales) => variant
+            .int("SCALE_ROWS", scales.rows)
+            .int("SCALE_COLUMNS", scales.columns)
+            .int("BLOCK_ROWS", scales.block[0])
+            .int("BLOCK_COLUMNS", scales.block[1]),
+    }
+}
+
+fn with_norm(variant: Variant, eps: Option<f64>) -> Variant {
+    match eps {
+        None => variant,
+        Some(eps) => variant.flag("norm", true).float("EPS", eps),
+    }
+}

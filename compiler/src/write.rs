@@ -1,0 +1,322 @@
+//! Conversion of tensors and the writing of weight files, streaming: one tensor is in memory at a time.
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use half::{bf16, f16};
+use moewe_plan::{Entry, Mapped, Segment, Staging, Weight, WeightFile, WeightFormat, hash_file};
+use rayon::prelude::*;
+use safetensors::tensor::{View, serialize_to_file};
+
+use crate::checkpoint::{Checkpoint, Dtype, TensorView};
+use crate::error::{Error, Result};
+use crate::pack::{Content, Item, Packer, place_item};
+
+/// A weight file of a bundle is not larger than this if its tensors allow.
+const MAX_FILE_BYTES: u64 = 4 << 30;
+/// Tensor of zeros from which flat lists are padded.
+const ZEROS: &str = "moewe.zeros";
+
+/// What writing the weights found worth saying.
+pub type Warnings = Vec<String>;
+
+/// Says how far long work is: bytes done, bytes in all.
+pub type Progress<'a> = &'a (dyn Fn(u64, u64) + Sync);
+
+/// A tensor to be written.
+struct Output<'a> {
+    name: String,
+    shape: Vec<usize>,
+    format: WeightFormat,
+    source: Source<'a>,
+    written: &'a AtomicU64,
+    total: u64,
+    progress: Progress<'a>,
+}
+
+enum Source<'a> {
+    /// The bytes as they are.
+    Same(&'a [u8]),
+    /// Converted, rows padded to a multiple of four numbers.
+    Convert { tensor: TensorView<'a>, scales: Option<(TensorView<'a>, [usize; 2])> },
+    /// Numbers.
+    Numbers(&'a [f32]),
+}
+
+impl View for Output<'_> {
+    fn dtype(&self) -> safetensors::Dtype {
+        match self.format {
+            WeightFormat::F32 => safetensors::Dtype::F32,
+            WeightFormat::Bf16 => safetensors::Dtype::BF16,
+            WeightFormat::F16 => safetensors::Dtype::F16,
+            WeightFormat::Fp8 => safetensors::Dtype::F8_E4M3,
+        }
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        let done = self.written.fetch_add(self.data_len() as u64, Ordering::Relaxed);
+        (self.progress)(done, self.total);
+        match &self.source {
+            Source::Same(bytes) => Cow::Borrowed(bytes),
+            Source::Numbers(numbers) => Cow::Borrowed(bytemuck::cast_slice(numbers)),
+            Source::Convert { tensor, scales } => Cow::Owned(convert(tensor, scales.as_ref(), self.format)),
+        }
+    }
+
+    fn data_len(&self) -> usize {
+        self.shape.iter().product::<usize>() * self.format.bytes() as usize
+    }
+}
+
+/// Number `i` of a tensor.
+fn number(tensor: &TensorView, i: usize) -> f32 {
+    let data = tensor.data;
+    match tensor.dtype {
+        Dtype::F32 => f32::from_le_bytes([data[4 * i], data[4 * i + 1], data[4 * i + 2], data[4 * i + 3]]),
+        Dtype::F16 => f16::from_le_bytes([data[2 * i], data[2 * i + 1]]).to_f32(),
+        Dtype::Bf16 => bf16::from_le_bytes([data[2 * i], data[2 * i + 1]]).to_f32(),
+        Dtype::F8E4m3 => e4m3(data[i]),
+        other => unreachable!("{other} is refused when the checkpoint is checked"),
+    }
+}
+
+/// Value of an e4m3fn code (spec §8).
+fn e4m3(code: u8) -> f32 {
+    let (exponent, mantissa) = (i32::from(code >> 3 & 15), f32::from(code & 7));
+    let magnitude = match (exponent, code & 7) {
+        (15, 7) => f32::NAN,
+        (0, _) => mantissa * (-9f32).exp2(),
+        _ => (1.0 + mantissa / 8.0) * ((exponent - 7) as f32).exp2(),
+    };
+    if code & 0x80 == 0 { magnitude } else { -magnitude }
+}
+
+fn convert(tensor: &TensorView, scales: Option<&(TensorView, [usize; 2])>, format: WeightFormat) -> Vec<u8> {
+    let columns = tensor.shape.last().copied().unwrap_or(1).max(1);
+    // Matrices are padded row by row; vectors stay as they are.
+    let padded = if tensor.shape.len() > 1 { columns.next_multiple_of(4) } else { columns };
+    let width = format.bytes() as usize;
+    let mut out = vec![0; tensor.elements() / columns * padded * width];
+    out.par_chunks_mut(padded * width).enumerate().for_each(|(row, out)| {
+        for column in 0..columns {
+            let i = row * columns + column;
+            if format == WeightFormat::Fp8 {
+                out[column] = tensor.data[i]; // only ever re-padded
+                continue;
+            }
+            let mut value = number(tensor, i);
+            if let Some((scales, block)) = scales {
+                value *= number(scales, row / block[0] * columns.div_ceil(block[1]) + column / block[1]);
+            }
+            let out = &mut out[column * width..];
+            match format {
+                WeightFormat::F32 => out[..4].copy_from_slice(&value.to_le_bytes()),
+                WeightFormat::Bf16 => out[..2].copy_from_slice(&bf16::from_f32(value).to_le_bytes()),
+                WeightFormat::F16 => out[..2].copy_from_slice(&f16::from_f32(value).to_le_bytes()),
+                WeightFormat::Fp8 => {}
+            }
+        }
+    });
+    out
+}
+
+/// Numbers that are NaN, and for f16 output those that would overflow to infinity.
+fn count_bad(tensor: &TensorView, format: WeightFormat) -> (usize, usize) {
+    let nans = |bad: &(dyn Fn(&[u8]) -> bool + Sync)| {
+        let width = tensor.dtype.bytes();
+        tensor.data.par_chunks(1 << 20).map(|chunk| chunk.chunks_exact(width).filter(|n| bad(n)).count()).sum()
+    };
+    let nan = match tensor.dtype {
+        Dtype::F32 => nans(&|n| u32::from_le_bytes([n[0], n[1], n[2], n[3]]) & 0x7fff_ffff > 0x7f80_0000),
+        Dtype::F16 => nans(&|n| u16::from_le_bytes([n[0], n[1]]) & 0x7fff > 0x7c00),
+        Dtype::Bf16 => nans(&|n| u16::from_le_bytes([n[0], n[1]]) & 0x7fff > 0x7f80),
+        Dtype::F8E4m3 => nans(&|n| n[0] & 0x7f == 0x7f),
+        _ => 0,
+    };
+    let overflow = if format == WeightFormat::F16 && matches!(tensor.dtype, Dtype::F32 | Dtype::Bf16) {
+        (0..tensor.elements()).into_par_iter().filter(|i| number(tensor, *i).abs() > 65519.0).count()
+    } else {
+        0
+    };
+    (nan, overflow)
+}
+
+/// A tensor that a weight is made of, as the checkpoint has it, and whether its bytes serve as they are.
+struct Part<'a> {
+    tensor: TensorView<'a>,
+    as_is: bool,
+}
+
+fn part<'a>(checkpoint: &'a Checkpoint, item: &Item, name: &str) -> Result<Part<'a>> {
+    let tensor = checkpoint.tensor(name)?;
+    let same_format = matches!(
+        (tensor.dtype, item.weight.format),
+        (Dtype::F32, WeightFormat::F32)
+            | (Dtype::F16, WeightFormat::F16)
+            | (Dtype::Bf16, WeightFormat::Bf16)
+            | (Dtype::F8E4m3, WeightFormat::Fp8)
+    );
+    let columns = item.weight.shape.last().copied().unwrap_or(0);
+    Ok(Part { tensor, as_is: same_format && (item.is_flat() || columns.is_multiple_of(4)) })
+}
+
+/// Writes the weights into `staging`, or refers to the checkpoint's own files for tensors that serve as they are. Returns
+/// the files, the weights with their segments, and warnings.
+pub fn write_weights(
+    packer: Packer,
+    staging: &mut Staging,
+    reference: bool,
+    progress: Progress,
+) -> Result<(Vec<WeightFile>, Vec<Weight>, Warnings)> {
+    let Packer { checkpoint, mut items, .. } = packer;
+    let mut warnings = Vec::new();
+    let written = AtomicU64::new(0);
+    let mut outputs: Vec<Output> = Vec::new();
+    let mut referenced: Vec<usize> = Vec::new(); // files of the checkpoint
+    let mut as_is: HashMap<String, (usize, u64, u64)> = HashMap::new();
+    let contents: Vec<Item> = items.clone();
+    for item in &contents {
+        let names = match &item.content {
+            Content::Generated(numbers) => {
+                outputs.push(Output {
+                    name: item.weight.name.clone(),
+                    shape: vec![numbers.len()],
+                    format: WeightFormat::F32,
+                    source: Source::Numbers(numbers),
+                    written: &written,
+                    total: 0,
+                    progress,
+                });
+                continue;
+            }
+            Content::Tensors(names) => names,
+        };
+        for name in names {
+            let Part { tensor, as_is: serves } = part(checkpoint, item, name)?;
+            let (nan, overflow) = count_bad(&tensor, item.weight.format);
+            if nan > 0 {
+                warnings.push(format!("tensor `{name}` holds {nan} NaN values; text made with it will be useless"));
+            }
+            if overflow > 0 {
+                warnings.push(format!("tensor `{name}` holds {overflow} values beyond the range of f16; they become infinite"));
+            }
+            if serves && reference {
+                as_is.insert(name.clone(), (tensor.file, tensor.offset as u64, tensor.data.len() as u64));
+                referenced.push(tensor.file);
+                continue;
+            }
+            let mut shape = tensor.shape.to_vec();
+            let source = if serves {
+                Source::Same(tensor.data)
+            } else {
+                if let (Some(last), true) = (shape.last_mut(), !item.is_flat()) {
+                    *last = last.next_multiple_of(4);
+                }
+                let block = checkpoint.config().quantization.as_ref().map(|q| q.weight_block_size);
+                let decode = tensor.dtype == Dtype::F8E4m3 && item.weight.format != WeightFormat::Fp8;
+                let scales = if decode { checkpoint.scale_of(name).zip(block) } else { None };
+                Source::Convert { tensor, scales }
+            };
+            let format = item.weight.format;
+            outputs.push(Output { name: name.clone(), shape, format, source, written: &written, total: 0, progress });
+        }
+    }
+    let zeros = [0f32; 4];
+    outputs.push(Output {
+        name: ZEROS.into(),
+        shape: vec![4],
+        format: WeightFormat::F32,
+        source: Source::Numbers(&zeros),
+        written: &written,
+        total: 0,
+        progress,
+    });
+    referenced.sort_unstable();
+    referenced.dedup();
+
+    let mut files = Vec::new();
+    let mut places: HashMap<String, Segment> = HashMap::new();
+    for at in &referenced {
+        let file = &checkpoint.files()[*at];
+        let path = file.path.canonicalize().map_err(|source| Error::Read { path: file.path.clone(), source })?;
+        let blake3 = hash_file(&file.bytes);
+        let path = path.to_string_lossy().into_owned();
+        for (name, (_, offset, bytes)) in as_is.iter().filter(|(_, (file, ..))| file == at) {
+            places.insert(name.clone(), Segment { file: files.len() as u32, offset: *offset, bytes: *bytes });
+        }
+        files.push(WeightFile { path, referenced: true, bytes: file.bytes.len() as u64, blake3 });
+    }
+    let total = outputs.iter().map(|output| output.data_len() as u64).sum();
+    outputs.iter_mut().for_each(|output| output.total = total);
+    outputs.sort_by(|a, b| a.name.cmp(&b.name));
+    for (number, group) in split(outputs).into_iter().enumerate() {
+        let name = format!("weights-{:05}.safetensors", number + 1);
+        let entry = write_file(&staging.dir().join(&name), group, files.len() as u32, &mut places)?;
+        staging.weight_file(&name, entry.clone());
+        files.push(WeightFile { path: name, referenced: false, bytes: entry.bytes, blake3: entry.blake3 });
+    }
+    progress(total, total);
+
+    let zeros = places.get(ZEROS).copied();
+    for item in &mut items {
+        let content = item.content.clone();
+        let weight_name = item.weight.name.clone();
+        let place = |i: usize| match &content {
+            Content::Tensors(names) => places[&names[i]],
+            Content::Generated(_) => places[&weight_name],
+        };
+        place_item(item, place, zeros);
+    }
+    Ok((files, items.into_iter().map(|item| item.weight).collect(), warnings))
+}
+
+/// Groups of tensors, each one file.
+fn split(outputs: Vec<Output>) -> Vec<Vec<Output>> {
+    let mut groups: Vec<Vec<Output>> = vec![Vec::new()];
+    let mut bytes = 0;
+    for output in outputs {
+        let more = output.data_len() as u64;
+        if bytes + more > MAX_FILE_BYTES && bytes > 0 {
+            groups.push(Vec::new());
+            bytes = 0;
+        }
+        bytes += more;
+        groups.last_mut().expect("never empty").push(output);
+    }
+    groups
+}
+
+/// Writes one file and notes where its tensors stand.
+fn write_file(path: &Path, outputs: Vec<Output>, file: u32, places: &mut HashMap<String, Segment>) -> Result<Entry> {
+    let failed = |source: std::io::Error| Error::Write { path: path.into(), source };
+    let named = outputs.into_iter().map(|output| (output.name.clone(), output));
+    serialize_to_file(named, None, path).map_err(|error| match error {
+        safetensors::SafeTensorError::IoError(source) => failed(source),
+        other => failed(std::io::Error::other(other)),
+    })?;
+    let map = Mapped::open(path).map_err(failed)?;
+    let (header, metadata) =
+        safetensors::SafeTensors::read_metadata(&map).map_err(|error| failed(std::io::Error::other(error)))?;
+    for (name, info) in metadata.tensors() {
+        let (start, end) = info.data_offsets;
+        places.insert(name, Segment { file, offset: (8 + header + start) as u64, bytes: (end - start) as u64 });
+    }
+    Ok(Entry { bytes: map.len() as u64, blake3: hash_file(&map) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn e4m3_codes() {
+        assert_eq!([0x00, 0x01, 0x08, 0x38, 0x7e, 0xb8].map(e4m3), [0.0, 1.0 / 512.0, 1.0 / 64.0, 1.0, 448.0, -1.0]);
+        assert!(e4m3(0x7f).is_nan() && e4m3(0xff).is_nan());
+    }
+}
