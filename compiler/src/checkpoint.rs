@@ -281,7 +281,8 @@ impl Weights {
             match weights.entries.get(tensor) {
                 Some((found, _)) if names[*found] == file => {}
                 Some((found, _)) => {
-                    let detail = format!("tensor `{}` is said to be in {file} but is in {}", clip(tensor), names[*found]);
+                    let detail =
+                        format!("tensor `{}` is said to be in {file} but is in {}", clip(tensor), names[*found]);
                     return Err(bad(detail));
                 }
                 None => return Err(bad(format!("tensor `{}` is said to be in {file} but is not", clip(tensor)))),

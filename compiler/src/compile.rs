@@ -31,6 +31,7 @@ pub const COMPANIONS: &[&str] = &[
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    "chat_template.json",
 ];
 
 /// How a checkpoint is compiled.

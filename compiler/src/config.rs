@@ -11,8 +11,8 @@ use std::path::Path;
 use serde::Serialize;
 use serde_json::Value;
 
-pub use self::rope::{Rope, Yarn};
 use self::fields::{Fields, ORIGINAL};
+pub use self::rope::{Rope, Yarn};
 use crate::{
     checkpoint::Dtype,
     error::{Error, Result, clip},
@@ -152,8 +152,8 @@ impl Config {
 
     /// Validates the text of a `config.json`; `path` is for messages.
     pub fn from_json(text: &str, path: &Path) -> Result<Self> {
-        let value = serde_json::from_str(text)
-            .map_err(|e| Error::Json { path: path.to_owned(), detail: e.to_string() })?;
+        let value =
+            serde_json::from_str(text).map_err(|e| Error::Json { path: path.to_owned(), detail: e.to_string() })?;
         Self::from_value(&value, path)
     }
 
@@ -251,7 +251,10 @@ impl Config {
     fn check_size(&self, top: Fields) -> Result<()> {
         let layers = self.all_layers();
         if layers * self.n_routed_experts > MAX_ALL_EXPERTS {
-            return Err(top.bad("n_routed_experts", format!("at most {MAX_ALL_EXPERTS} experts in all {layers} layers together")));
+            return Err(top.bad(
+                "n_routed_experts",
+                format!("at most {MAX_ALL_EXPERTS} experts in all {layers} layers together"),
+            ));
         }
         let n = |v: usize| v as u128;
         let d = n(self.hidden_size);
@@ -358,7 +361,9 @@ impl Moe {
 
         let stated = top.choice("scoring_func", &[("softmax", Scoring::Softmax), ("sigmoid", Scoring::Sigmoid)])?;
         if stated.is_some_and(|s| s != scoring) {
-            return Err(top.bad("scoring_func", format!("{scoring:?} in lower case, the scoring of the {family:?} family")));
+            return Err(
+                top.bad("scoring_func", format!("{scoring:?} in lower case, the scoring of the {family:?} family"))
+            );
         }
         let methods = match family {
             Family::V2 => {
@@ -394,7 +399,9 @@ impl Moe {
         }
         let group = experts / self.n_group;
         if self.topk_method == TopkMethod::NoauxTc && self.n_group > 1 && group < 2 {
-            return Err(top.bad("n_group", format!("at most {}, as each group is scored by its two best experts", experts / 2)));
+            return Err(
+                top.bad("n_group", format!("at most {}, as each group is scored by its two best experts", experts / 2))
+            );
         }
         let kept = self.topk_group * group;
         if self.per_tok > kept {
@@ -451,12 +458,8 @@ fn parse_token_ids(top: Fields, name: &str) -> Result<Vec<u32>> {
 }
 
 fn parse_dtype(top: Fields) -> Result<Option<Dtype>> {
-    const NAMES: [(&str, Dtype); 4] = [
-        ("bfloat16", Dtype::Bf16),
-        ("float16", Dtype::F16),
-        ("float32", Dtype::F32),
-        ("float8_e4m3fn", Dtype::F8E4m3),
-    ];
+    const NAMES: [(&str, Dtype); 4] =
+        [("bfloat16", Dtype::Bf16), ("float16", Dtype::F16), ("float32", Dtype::F32), ("float8_e4m3fn", Dtype::F8E4m3)];
     let new = top.choice("dtype", &NAMES)?;
     Ok(top.choice("torch_dtype", &NAMES)?.or(new))
 }

@@ -322,7 +322,8 @@ fn implied_dtype(config: &Config, tensor: &Expected) -> Dtype {
 /// Name, element type and shape of each tensor that a configuration implies, block scales included.
 fn implied(config: &Config, tensor: &Expected) -> impl Iterator<Item = (String, Dtype, Vec<usize>)> {
     let dtype = implied_dtype(config, tensor);
-    let scale = config.quantization.filter(|_| dtype == Dtype::F8E4m3).and_then(|q| tensor.scale_shape(q.weight_block_size));
+    let scale =
+        config.quantization.filter(|_| dtype == Dtype::F8E4m3).and_then(|q| tensor.scale_shape(q.weight_block_size));
     let scale = scale.map(|shape| (tensor.scale_name(), Dtype::F32, shape.to_vec()));
     std::iter::once((tensor.name.clone(), dtype, tensor.shape.clone())).chain(scale)
 }
@@ -394,7 +395,9 @@ impl PartBytes {
         let main = |t: &&Expected| t.layer.is_none_or(|l| l < config.num_hidden_layers);
         for tensor in expected.iter().filter(main) {
             let n: u64 = match checkpoint {
-                Some(c) => [c.find(&tensor.name), c.scale_of(&tensor.name)].iter().flatten().map(|t| t.data.len() as u64).sum(),
+                Some(c) => {
+                    [c.find(&tensor.name), c.scale_of(&tensor.name)].iter().flatten().map(|t| t.data.len() as u64).sum()
+                }
                 None => implied(config, tensor)
                     .map(|(_, dtype, shape)| shape.iter().map(|d| *d as u64).product::<u64>() * dtype.bytes() as u64)
                     .sum(),

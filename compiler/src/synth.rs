@@ -204,7 +204,13 @@ impl Shape {
             };
             let scale = config.quantization.filter(|_| dtype == Dtype::F8E4m3);
             let scale = scale.and_then(|q| tensor.scale_shape(q.weight_block_size)).map(|shape| {
-                Tensor::new(tensor.scale_name(), tensor.scale_name(), Dtype::F32, shape.to_vec(), random::scale_law(std))
+                Tensor::new(
+                    tensor.scale_name(),
+                    tensor.scale_name(),
+                    Dtype::F32,
+                    shape.to_vec(),
+                    random::scale_law(std),
+                )
             });
             let law = random::Law { mean, std };
             out.push(Tensor::new(tensor.name, seed_name, dtype, tensor.shape, law));
@@ -242,11 +248,8 @@ fn read_base(base: &str) -> Result<(PathBuf, Value)> {
 
 /// Applies one `FIELD=VALUE` and returns the full name of the field.
 fn apply(map: &mut Map<String, Value>, text: &str) -> Result<String> {
-    let bad = |expected: String| Error::Argument {
-        what: "override".into(),
-        found: format!("\"{}\"", clip(text)),
-        expected,
-    };
+    let bad =
+        |expected: String| Error::Argument { what: "override".into(), found: format!("\"{}\"", clip(text)), expected };
     let Some((field, value)) = text.split_once('=') else {
         return Err(bad("FIELD=VALUE, for example layers=4".into()));
     };

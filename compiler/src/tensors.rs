@@ -249,7 +249,12 @@ fn check_one(checkpoint: &Checkpoint, expected: &Expected) -> Result<()> {
         };
     };
     if found.shape != expected.shape {
-        return Err(wrong(checkpoint, found, format!("shape {:?}", found.shape), format!("shape {:?}", expected.shape)));
+        return Err(wrong(
+            checkpoint,
+            found,
+            format!("shape {:?}", found.shape),
+            format!("shape {:?}", expected.shape),
+        ));
     }
     if !dtypes.contains(&found.dtype) {
         return Err(wrong(checkpoint, found, format!("of dtype {}", found.dtype), format!("one of {names}")));

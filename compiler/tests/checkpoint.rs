@@ -121,7 +121,12 @@ fn tensors_are_views_of_the_files() {
     assert_eq!(whole.tensors().count(), shards.tensors().count());
     for tensor in whole.tensors() {
         let other = shards.tensor(tensor.name).unwrap();
-        assert_eq!((tensor.dtype, tensor.shape, tensor.data), (other.dtype, other.shape, other.data), "{}", tensor.name);
+        assert_eq!(
+            (tensor.dtype, tensor.shape, tensor.data),
+            (other.dtype, other.shape, other.data),
+            "{}",
+            tensor.name
+        );
         assert_eq!(tensor.data, &whole.files()[tensor.file].bytes[tensor.offset..][..tensor.data.len()]);
         assert_eq!(tensor.elements() * tensor.dtype.bytes(), tensor.data.len());
     }
@@ -156,7 +161,10 @@ fn damaged_files() {
 
     holds(&open(&[]), &["model.safetensors: 0 bytes are too few", "download it again"]);
     holds(&open(&file[..7]), &["7 bytes are too few"]);
-    holds(&open(&file[..100]), &[&format!("header length {header_len} goes beyond the end of the file, which has 100")]);
+    holds(
+        &open(&file[..100]),
+        &[&format!("header length {header_len} goes beyond the end of the file, which has 100")],
+    );
     holds(&open(&file[..file.len() - 1]), &["tensor `", "truncated", "model.safetensors"]);
     holds(&open(&[&file[..], &[0]].concat()), &["1 bytes after the last tensor"]);
     holds(&open(&[&[0xff; 8], &file[8..]].concat()), &["header length 18446744073709551615 is absurd"]);
@@ -175,39 +183,56 @@ fn damaged_entries() {
     let f32s = |offsets: [i64; 2], n: u64| format!(r#"{{"dtype":"F32","shape":[{n}],"data_offsets":{offsets:?}}}"#);
     let two = |a: String, b: String| format!(r#"{{"a":{a},"b":{b}}}"#);
 
-    holds(&open(&two(f32s([0, 8], 2), f32s([4, 12], 2)), 12), &["model.safetensors: tensor `b`", "overlap those of tensor `a`"]);
+    holds(
+        &open(&two(f32s([0, 8], 2), f32s([4, 12], 2)), 12),
+        &["model.safetensors: tensor `b`", "overlap those of tensor `a`"],
+    );
     holds(&open(&two(f32s([0, 8], 2), f32s([12, 16], 1)), 16), &["tensor `b`: 4 bytes before it belong to no tensor"]);
-    holds(&open(&two(f32s([0, 8], 2), f32s([8, 4], 1)), 8), &["tensor `b`: data begins at byte 8 and ends before that"]);
+    holds(
+        &open(&two(f32s([0, 8], 2), f32s([8, 4], 1)), 8),
+        &["tensor `b`: data begins at byte 8 and ends before that"],
+    );
     holds(&open(&two(f32s([0, 8], 2), f32s([8, 16], 2)), 12), &["tensor `b`", "truncated"]);
-    holds(&open(&two(f32s([0, 8], 3), f32s([8, 16], 2)), 16), &["tensor `a`: shape [3] of F32 does not fill the stated 8 bytes"]);
+    holds(
+        &open(&two(f32s([0, 8], 3), f32s([8, 16], 2)), 16),
+        &["tensor `a`: shape [3] of F32 does not fill the stated 8 bytes"],
+    );
     holds(&open(&two(f32s([0, 0], 1 << 62), f32s([0, 8], 2)), 8), &["tensor `a`: shape [4611686018427387904]"]);
     holds(&open(&two(f32s([-8, 0], 2), f32s([0, 8], 2)), 8), &["tensor `a`", "-8"]);
     let huge = r#"{"a":{"dtype":"F32","shape":[0],"data_offsets":[18446744073709551615,18446744073709551615]}}"#;
     holds(&open(huge, 0), &["tensor `a`", "truncated"]);
     let same = format!(r#"{{"a":{0},"a":{0}}}"#, f32s([0, 8], 2));
     holds(&open(&same, 8), &["tensor `a`: occurs twice"]);
-    holds(&open(r#"{"a":{"dtype":"Q4_K","shape":[2],"data_offsets":[0,8]}}"#, 8), &["tensor `a`: unknown dtype \"Q4_K\""]);
-    holds(&open(r#"{"a":{"dtype":"F32","shape":[1,1,1,1,1,1,1,1,1],"data_offsets":[0,4]}}"#, 4), &["tensor `a`: 9 dimensions"]);
+    holds(
+        &open(r#"{"a":{"dtype":"Q4_K","shape":[2],"data_offsets":[0,8]}}"#, 8),
+        &["tensor `a`: unknown dtype \"Q4_K\""],
+    );
+    holds(
+        &open(r#"{"a":{"dtype":"F32","shape":[1,1,1,1,1,1,1,1,1],"data_offsets":[0,4]}}"#, 4),
+        &["tensor `a`: 9 dimensions"],
+    );
     let nasty = r#"{"\u001b[31m\n":{"dtype":"X","shape":[],"data_offsets":[0,4]}}"#;
     holds(&open(nasty, 4), &["tensor `\\u{1b}[31m\\u{a}`"]);
 }
 
 #[test]
 fn missing_wrong_and_contradicting_tensors() {
-    let check = |name: &str, change: Change| {
-        text(open_and_check(changed(name, change).path()))
-    };
+    let check = |name: &str, change: Change| text(open_and_check(changed(name, change).path()));
     let router = "model.layers.1.mlp.gate.weight";
     let message = check("v3-tiny", &|h, d| remove(h, d, router));
     holds(&message, &["tensor `model.layers.1.mlp.gate.weight` is missing", "shape [16, 64] of one of F32, F16, BF16"]);
 
     let message = check("v3-tiny", &|h, d| replace(h, d, router, Some(("F32", json!([64, 16]), vec![0; 4096]))));
-    holds(&message, &["model.safetensors: tensor `model.layers.1.mlp.gate.weight` is shape [64, 16], expected shape [16, 64]"]);
+    holds(
+        &message,
+        &["model.safetensors: tensor `model.layers.1.mlp.gate.weight` is shape [64, 16], expected shape [16, 64]"],
+    );
 
     let message = check("v3-tiny", &|h, d| replace(h, d, router, Some(("I32", json!([16, 64]), vec![0; 4096]))));
     holds(&message, &["`model.layers.1.mlp.gate.weight` is of dtype I32, expected one of F32, F16, BF16"]);
 
-    let message = check("v3-fp8-tiny", &|h, d| replace(h, d, router, Some(("F8_E4M3", json!([8, 160]), vec![0; 1280]))));
+    let message =
+        check("v3-fp8-tiny", &|h, d| replace(h, d, router, Some(("F8_E4M3", json!([8, 160]), vec![0; 1280]))));
     holds(&message, &["`model.layers.1.mlp.gate.weight` is of dtype F8_E4M3"]);
 
     let down = "model.layers.0.mlp.down_proj.weight";
@@ -284,7 +309,10 @@ fn damaged_index() {
         let message = open(&|i, _| i["weight_map"][norm] = json!(outside));
         holds(&message, &["tensor `model.norm.weight`", "not a file name inside the checkpoint directory"]);
     }
-    holds(&open(&|i, _| i["weight_map"][norm] = json!("no.safetensors")), &["names the file no.safetensors, which is missing"]);
+    holds(
+        &open(&|i, _| i["weight_map"][norm] = json!("no.safetensors")),
+        &["names the file no.safetensors, which is missing"],
+    );
     holds(
         &open(&|_, dir| fs::remove_file(dir.join("model-00002-of-000003.safetensors")).unwrap()),
         &["names the file model-00002-of-000003.safetensors, which is missing"],
@@ -319,7 +347,8 @@ fn links() {
     // Hugging Face's cache links files to a store elsewhere; a dangling link is an error, not "no weights".
     let dir = tempfile::tempdir().unwrap();
     for name in ["config.json", "model.safetensors"] {
-        std::os::unix::fs::symlink(fs::canonicalize(golden("v3-tiny").join(name)).unwrap(), dir.path().join(name)).unwrap();
+        std::os::unix::fs::symlink(fs::canonicalize(golden("v3-tiny").join(name)).unwrap(), dir.path().join(name))
+            .unwrap();
     }
     open_and_check(dir.path()).unwrap();
     fs::remove_file(dir.path().join("model.safetensors")).unwrap();
@@ -354,22 +383,4 @@ proptest! {
             let _ = tensors::check(&checkpoint);
         }
     }
-}
-
-#[test]
-#[ignore = "scratch"]
-fn scratch() {
-    for dir in fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data")).unwrap() {
-        let p = dir.unwrap().path();
-        if p.join("config.json").exists() { open_and_check(&p).unwrap_or_else(|e| panic!("{p:?}: {e}")); println!("ok {p:?}"); }
-    }
-    open_and_check(Path::new("/work/shared/demo/checkpoint")).unwrap();
-    let t = std::time::Instant::now();
-    let s = moewe_compiler::synth::Shape::new("v2-lite", &["layers=3"], Some(moewe_compiler::synth::Storage::Fp8)).unwrap();
-    moewe_compiler::synth::write(&s, Path::new("/tmp/synthscratch"), Default::default(), &|_, _| ()).unwrap();
-    println!("{} bytes {:?}", s.bytes(), t.elapsed());
-    let t = std::time::Instant::now();
-    open_and_check(Path::new("/tmp/synthscratch")).unwrap();
-    println!("check {:?}", t.elapsed());
-    fs::remove_dir_all("/tmp/synthscratch").unwrap();
 }

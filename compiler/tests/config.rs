@@ -190,7 +190,9 @@ fn zero_negative_huge_and_wrong_types() {
             refused(&v3_with(&[(field, bad.clone())]), &[&format!("`{field}` is {}", clipped(&bad))]);
         }
     }
-    for field in ["n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers", "eos_token_id", "bos_token_id"] {
+    for field in
+        ["n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers", "eos_token_id", "bos_token_id"]
+    {
         for bad in [json!(-1), json!(1u64 << 62), json!("64"), json!(0.5)] {
             refused(&v3_with(&[(field, bad.clone())]), &[&format!("`{field}` is {}", clipped(&bad))]);
         }
@@ -217,7 +219,11 @@ fn inconsistent_fields() {
     refused(&v3_with(&[("hidden_act", json!("gelu"))]), &["`hidden_act` is \"gelu\"", "silu"]);
     refused(&v3_with(&[("rope_theta", json!(5e4))]), &["`rope_scaling.rope_theta` is 10000", "50000"]);
     refused(
-        &v3_with(&[("hidden_size", json!(1 << 20)), ("intermediate_size", json!(1 << 20)), ("num_hidden_layers", json!(4096))]),
+        &v3_with(&[
+            ("hidden_size", json!(1 << 20)),
+            ("intermediate_size", json!(1 << 20)),
+            ("num_hidden_layers", json!(4096)),
+        ]),
         &["`hidden_size` is 1048576", "these fields together"],
     );
     refused(
@@ -263,12 +269,18 @@ fn rope_kinds() {
 #[test]
 fn quantization_kinds() {
     let with = |q: Value| v3_with(&[("quantization_config", q)]);
-    let good = json!({"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [64, 32], "activation_scheme": "dynamic"});
+    let good =
+        json!({"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [64, 32], "activation_scheme": "dynamic"});
     assert_eq!(parse(&with(good)).unwrap().quantization.unwrap().weight_block_size, [64, 32]);
-    refused(&with(json!({"quant_method": "awq", "bits": 4})), &["`quantization_config.quant_method` is \"awq\"", "fp8"]);
+    refused(
+        &with(json!({"quant_method": "awq", "bits": 4})),
+        &["`quantization_config.quant_method` is \"awq\"", "fp8"],
+    );
     refused(&with(json!({"weight_block_size": [128, 128]})), &["`quantization_config.quant_method` is absent"]);
     refused(&with(json!({"quant_method": "fp8", "fmt": "e5m2"})), &["`quantization_config.fmt` is \"e5m2\"", "e4m3"]);
-    for block in [json!(null), json!([128]), json!([0, 128]), json!([128, 0]), json!([128, 6]), json!([128, -4]), json!(128)] {
+    for block in
+        [json!(null), json!([128]), json!([0, 128]), json!([128, 0]), json!([128, 6]), json!([128, -4]), json!(128)]
+    {
         refused(
             &with(json!({"quant_method": "fp8", "weight_block_size": block})),
             &["`quantization_config.weight_block_size` is ", "multiple of 4"],

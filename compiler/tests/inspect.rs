@@ -32,7 +32,10 @@ fn v3_has_671_billion_parameters_and_37_active() {
     assert_eq!(json["parameters"]["total"], 671_026_419_200_u64);
     assert_eq!(json["parameters"]["active"], 36_625_618_432_u64);
     let billions = |v: &Value| (v.as_f64().unwrap() / 1e9).round();
-    assert_eq!((billions(&json["parameters"]["total"]) as u32, billions(&json["parameters"]["active"]) as u32), (671, 37));
+    assert_eq!(
+        (billions(&json["parameters"]["total"]) as u32, billions(&json["parameters"]["active"]) as u32),
+        (671, 37)
+    );
     // Attention, the layer's norms, 256 + 1 experts, router, eh_proj and three norms; published as 11.5 B.
     let attention = 1536 * (7168 + 1 + 24576) + 576 * 7168 + 512 * (1 + 32768) + 7168 * 16384;
     let mtp = attention + 257 * 3 * 7168 * 2048 + 256 * (7168 + 1) + 7168 * 14336 + 5 * 7168_u64;

@@ -39,7 +39,10 @@ pub(super) fn parse(path: &Path, file: &[u8]) -> Result<Vec<Entry>> {
         return Err(damaged(format!("header length {length} is absurd, at most {MAX_HEADER} bytes are allowed")));
     }
     let Some((header, data)) = rest.split_at_checked(length as usize) else {
-        return Err(damaged(format!("header length {length} goes beyond the end of the file, which has {} bytes", file.len())));
+        return Err(damaged(format!(
+            "header length {length} goes beyond the end of the file, which has {} bytes",
+            file.len()
+        )));
     };
     if header.first() != Some(&b'{') {
         return Err(damaged("the header does not begin with `{`".into()));
@@ -79,7 +82,9 @@ fn check_entry(path: &Path, name: &str, raw: &RawEntry, start: usize, available:
         return Err(bad(format!("data begins at byte {begin} and ends before that, at {end}")));
     }
     if end > available as u64 {
-        return Err(bad(format!("data ends at byte {end} but the file holds only {available} bytes of data (truncated)")));
+        return Err(bad(format!(
+            "data ends at byte {end} but the file holds only {available} bytes of data (truncated)"
+        )));
     }
     let bits = raw.shape.iter().try_fold(dtype.bits() as u64, |n, d| n.checked_mul(*d));
     if bits.map(|b| (b % 8, b / 8)) != Some((0, end - begin)) {
@@ -144,9 +149,8 @@ impl<'de> Deserialize<'de> for Header {
                         map.next_value::<IgnoredAny>()?;
                         continue;
                     }
-                    let entry = map
-                        .next_value()
-                        .map_err(|e| A::Error::custom(format!("tensor `{}`: {e}", clip(&name))))?;
+                    let entry =
+                        map.next_value().map_err(|e| A::Error::custom(format!("tensor `{}`: {e}", clip(&name))))?;
                     pairs.push((name, entry));
                 }
                 Ok(Header(pairs))

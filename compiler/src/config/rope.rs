@@ -50,8 +50,7 @@ impl Rope {
         let dim = self.dim as f64;
         let base = (0..self.dim / 2).map(|i| self.theta.powf(-(2.0 * i as f64) / dim));
         let Some(yarn) = &self.yarn else { return base.collect() };
-        let corr =
-            |turns: f64| dim * (yarn.original as f64 / (turns * 2.0 * PI)).ln() / (2.0 * self.theta.ln());
+        let corr = |turns: f64| dim * (yarn.original as f64 / (turns * 2.0 * PI)).ln() / (2.0 * self.theta.ln());
         let lo = corr(yarn.beta_fast).floor().max(0.0);
         let mut hi = corr(yarn.beta_slow).ceil().min(dim - 1.0);
         #[expect(clippy::float_cmp, reason = "both are whole numbers; the rule is about equality")]
@@ -143,9 +142,8 @@ impl Yarn {
         if !is_yarn {
             return Ok(None);
         }
-        let nonzero = |name: &str| -> Result<Option<f64>> {
-            Ok(fields.float_opt(name, 0.0, 1e3)?.filter(|v| *v != 0.0))
-        };
+        let nonzero =
+            |name: &str| -> Result<Option<f64>> { Ok(fields.float_opt(name, 0.0, 1e3)?.filter(|v| *v != 0.0)) };
         let beta_fast = fields.float_opt("beta_fast", 1e-6, 1e6)?.unwrap_or(32.0);
         let beta_slow = fields.float_opt("beta_slow", 1e-6, 1e6)?.unwrap_or(1.0);
         if beta_fast < beta_slow {

@@ -170,7 +170,8 @@ pub(super) fn floors(
             .to_owned(),
     ]);
     if let Some(price) = price_per_gpu_hour {
-        assumptions.push(format!("a GPU costs ${price} per hour and does nothing but decode, always at that batch size"));
+        assumptions
+            .push(format!("a GPU costs ${price} per hour and does nothing but decode, always at that batch size"));
     }
     let one = gpus(1) as u64;
     GpuReport {

@@ -150,7 +150,12 @@ enum Failure {
     Interrupted,
 }
 
-fn write_shard(mut file: File, shard: &[Tensor], options: Options, progress: &mut dyn FnMut(u64)) -> Result<(), Failure> {
+fn write_shard(
+    mut file: File,
+    shard: &[Tensor],
+    options: Options,
+    progress: &mut dyn FnMut(u64),
+) -> Result<(), Failure> {
     file.write_all(&header(shard)).map_err(Failure::Io)?;
     let chunks: Vec<(usize, Range<u64>)> = shard
         .iter()

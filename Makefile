@@ -1,0 +1,27 @@
+# Plain `make` says what there is. Everything works from a fresh clone; `setup` runs by itself where it is needed.
+
+CARGO ?= cargo
+
+.PHONY: help setup demo test lint
+
+help:
+	@echo 'make demo    set up, build, and let the bundled model write text and show its experts'
+	@echo 'make test    set up and run all tests'
+	@echo 'make lint    formatting, clippy and shellcheck'
+	@echo 'make setup   look for what building and running need; install a software Vulkan driver if there is none'
+
+setup:
+	@scripts/setup
+
+demo: setup
+	$(CARGO) build --release --locked
+	@scripts/demo
+
+test: setup
+	$(CARGO) test --workspace --locked
+
+lint:
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	@if command -v shellcheck >/dev/null; then shellcheck scripts/* .ci/run; \
+	else echo 'shellcheck is not installed: the scripts were not checked'; fi

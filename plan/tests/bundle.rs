@@ -1,0 +1,418 @@
+//! Bundles on disk: what is written is read back; whatever is damaged or hostile is refused with an error, never a
+//! panic, a crash or a file from outside.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use moewe_plan::{
+    Access, Binding, BindingLayout, Buffer, Bundle, Cost, DType, Dim, Entry, Error, FORMAT_VERSION, Kernel, MANIFEST,
+    Manifest, ModelInfo, PLAN, Plan, Precision, Program, ProgramKind, Requirements, Role, Segment, Shard, Staging,
+    Step, Symbol, TapSpec, Weight, WeightFile, WeightFormat, hash_file,
+};
+use proptest::prelude::*;
+
+const KERNEL: &str = "@compute @workgroup_size(1) fn main() {}";
+const WEIGHTS: &str = "weights-0.safetensors";
+const TOKENIZER: &str = "tokenizer.json";
+
+fn plan() -> Plan {
+    let weights = vec![7u8; 40];
+    Plan {
+        format_version: FORMAT_VERSION,
+        generator: "test 1".into(),
+        model: ModelInfo {
+            architecture: "TestLM".into(),
+            checkpoint: "none".into(),
+            vocab_size: 10,
+            max_context: 128,
+            eos_token_ids: vec![1, 2],
+            layers: 1,
+            moe_layers: vec![0],
+            experts: 2,
+            mtp_modules: 0,
+            latent_numbers: 3,
+            cached_layers: 1,
+        },
+        requirements: Requirements {
+            profile: "test".into(),
+            max_binding_bytes: 1 << 20,
+            storage_buffers: 3,
+            workgroup_invocations: 64,
+            workgroup_bytes: 1024,
+            subgroups: false,
+        },
+        files: vec![WeightFile { path: WEIGHTS.into(), referenced: false, bytes: 40, blake3: hash_file(&weights) }],
+        weights: vec![Weight {
+            name: "w".into(),
+            format: WeightFormat::Bf16,
+            shape: vec![4, 3],
+            shards: vec![
+                Shard { first: 0, count: 1, segments: vec![Segment { file: 0, offset: 8, bytes: 8 }] },
+                Shard {
+                    first: 1,
+                    count: 3,
+                    segments: vec![
+                        Segment { file: 0, offset: 16, bytes: 5 },
+                        Segment { file: 0, offset: 21, bytes: 19 },
+                    ],
+                },
+            ],
+        }],
+        buffers: vec![
+            Buffer { name: "batch".into(), dtype: DType::U32, elements: Dim::Const(4), role: Role::Header },
+            Buffer {
+                name: "x".into(),
+                dtype: DType::F32,
+                elements: Dim::Times(Symbol::Tokens, 8),
+                role: Role::Scratch,
+            },
+        ],
+        kernels: vec![Kernel {
+            name: "k".into(),
+            file: "kernels/k.wgsl".into(),
+            workgroup_size: [64, 1, 1],
+            bindings: vec![
+                BindingLayout { name: "batch".into(), access: Access::Uniform },
+                BindingLayout { name: "w".into(), access: Access::Read },
+                BindingLayout { name: "x".into(), access: Access::ReadWrite },
+                BindingLayout { name: "step".into(), access: Access::Uniform },
+            ],
+            why: "the only one".into(),
+        }],
+        programs: vec![Program {
+            kind: ProgramKind::Draft { module: 1 },
+            precision: Precision::Exact,
+            max_tokens: 8,
+            max_rows: 2,
+            steps: vec![Step {
+                label: "layers.0.k".into(),
+                layer: Some(0),
+                kernel: 0,
+                bindings: vec![
+                    Binding::Buffer(0),
+                    Binding::Weight { weight: 0, shard: 1 },
+                    Binding::Buffer(1),
+                    Binding::Params,
+                ],
+                grid: [Dim::Symbol(Symbol::Tokens), Dim::CeilDiv(Symbol::Rows, 4), Dim::Const(1)],
+                params: [1, 2, 3, 4],
+                cost: Cost { token_flops: 5, ..Cost::default() },
+            }],
+            taps: vec![TapSpec {
+                name: "x".into(),
+                buffer: 1,
+                rows: Dim::Symbol(Symbol::Tokens),
+                stride: 8,
+                offset: 2,
+                columns: 6,
+            }],
+        }],
+    }
+}
+
+/// Writes a bundle around `plan`, even one that [`Staging`] would not write.
+fn write(dir: &Path, plan: &Plan) {
+    let mut staging = Staging::new(dir).unwrap();
+    let weights = vec![7u8; 40];
+    staging.write(WEIGHTS, &weights).unwrap();
+    staging.weight_file(WEIGHTS, Entry { bytes: 40, blake3: hash_file(&weights) });
+    staging.write("kernels/k.wgsl", KERNEL.as_bytes()).unwrap();
+    staging.write(TOKENIZER, b"{}").unwrap();
+    staging.finish(&self::plan()).unwrap();
+    if *plan != self::plan() {
+        replace_plan(dir, &serde_json::to_vec(plan).unwrap());
+    }
+}
+
+/// Puts other bytes in the plan's place and mends the manifest, as an attacker would.
+fn replace_plan(dir: &Path, text: &[u8]) {
+    fs::write(dir.join(PLAN), text).unwrap();
+    change_manifest(dir, |manifest| {
+        let entry = Entry { bytes: text.len() as u64, blake3: hash_file(text) };
+        manifest.files.insert(PLAN.into(), entry);
+    });
+}
+
+fn change_manifest(dir: &Path, change: impl FnOnce(&mut Manifest)) {
+    let path = dir.join(MANIFEST);
+    let mut manifest: Manifest = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    change(&mut manifest);
+    manifest.blake3 = hash_file(&serde_json::to_vec(&manifest.files).unwrap());
+    fs::write(path, serde_json::to_vec(&manifest).unwrap()).unwrap();
+}
+
+fn bundle() -> (tempfile::TempDir, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("bundle");
+    write(&path, &plan());
+    (dir, path)
+}
+
+fn read(dir: &Path) -> Result<Bundle, Error> {
+    let bundle = Bundle::open(dir)?;
+    bundle.map_weights(&|_| ())?;
+    Ok(bundle)
+}
+
+/// The error of a plan that has been changed, its manifest mended.
+fn refused(change: impl FnOnce(&mut Plan)) -> String {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("bundle");
+    let mut plan = plan();
+    change(&mut plan);
+    write(&path, &plan);
+    let error = read(&path).expect_err("the plan is unsound").to_string();
+    assert!(error.contains("compile the checkpoint again"), "{error}");
+    error
+}
+
+#[test]
+fn what_is_written_is_read_back() {
+    let (_dir, path) = bundle();
+    let bundle = Bundle::open(&path).unwrap();
+    assert_eq!(bundle.plan, plan());
+    assert_eq!(bundle.kernels, [KERNEL]);
+    let hashed = std::cell::Cell::new(0);
+    let files = bundle.map_weights(&|bytes| hashed.set(hashed.get() + bytes)).unwrap();
+    assert_eq!(hashed.get(), 40);
+    assert_eq!(files.bytes(&bundle.plan.weights[0].shards[1].segments[1]), [7; 19]);
+    // The same input gives the same bytes, over an older bundle too.
+    let first = fs::read(path.join(MANIFEST)).unwrap();
+    write(&path, &plan());
+    assert_eq!(fs::read(path.join(MANIFEST)).unwrap(), first);
+}
+
+#[test]
+fn nothing_is_left_of_a_bundle_that_was_not_finished() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("bundle");
+    let staging = Staging::new(&path).unwrap();
+    staging.write("tokenizer.json", b"{}").unwrap();
+    drop(staging);
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    fs::create_dir(&path).unwrap();
+    fs::write(path.join("precious"), b"mine").unwrap();
+    assert!(matches!(Staging::new(&path), Err(Error::OutputExists { .. })));
+    assert_eq!(fs::read(path.join("precious")).unwrap(), b"mine");
+    let mut unsound = plan();
+    unsound.programs[0].max_rows = 0;
+    fs::remove_file(path.join("precious")).unwrap();
+    assert!(Staging::new(&path).unwrap().finish(&unsound).is_err());
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "only the empty output directory");
+}
+
+#[test]
+fn every_flipped_byte_is_noticed() {
+    for name in [MANIFEST, PLAN, "kernels/k.wgsl", TOKENIZER, WEIGHTS] {
+        let (_dir, path) = bundle();
+        let file = path.join(name);
+        let sound = fs::read(&file).unwrap();
+        for at in (0..sound.len()).step_by(if sound.len() > 1000 { 7 } else { 1 }) {
+            let mut bytes = sound.clone();
+            bytes[at] ^= 1 << (at % 8);
+            fs::write(&file, &bytes).unwrap();
+            match read(&path) {
+                Err(_) => {}
+                // Whitespace of the manifest is the only thing that no hash covers.
+                Ok(_) => assert!(name == MANIFEST && sound[at].is_ascii_whitespace(), "{name}, byte {at}"),
+            }
+        }
+        fs::write(&file, &sound).unwrap();
+        read(&path).unwrap();
+    }
+}
+
+#[test]
+fn truncated_and_missing_files_are_named() {
+    for name in [MANIFEST, PLAN, "kernels/k.wgsl", TOKENIZER, WEIGHTS] {
+        let (_dir, path) = bundle();
+        let file = path.join(name);
+        let sound = fs::read(&file).unwrap();
+        for length in (0..sound.len()).step_by(13) {
+            fs::write(&file, &sound[..length]).unwrap();
+            let error = read(&path).expect_err(name).to_string();
+            assert!(error.contains(name), "{name} cut to {length}: {error}");
+        }
+        let mut longer = sound.clone();
+        longer.push(b' ');
+        fs::write(&file, longer).unwrap();
+        assert!(name == MANIFEST || read(&path).is_err(), "{name}");
+        fs::remove_file(&file).unwrap();
+        let error = read(&path).expect_err(name).to_string();
+        assert!(error.contains(name), "{name} missing: {error}");
+        // A directory in its place is no file either.
+        fs::create_dir(&file).unwrap();
+        read(&path).expect_err(name);
+    }
+}
+
+#[test]
+fn other_versions_are_refused_before_anything_else() {
+    let (_dir, path) = bundle();
+    for version in ["0", "2", "4294967296", "18446744073709551615"] {
+        fs::write(path.join(MANIFEST), format!("{{\"format_version\": {version}}}")).unwrap();
+        assert!(matches!(read(&path), Err(Error::Version { expected: FORMAT_VERSION, .. })), "{version}");
+    }
+    for text in
+        ["", "{}", "[]", "null", "{\"format_version\": \"1\"}", "{\"format_version\": 1}", "{\"format_version\": -1}"]
+    {
+        fs::write(path.join(MANIFEST), text).unwrap();
+        assert!(matches!(read(&path), Err(Error::Damaged { .. })), "{text}");
+    }
+    assert!(refused(|plan| plan.format_version = 2).contains("format_version 2"));
+}
+
+#[test]
+fn no_path_leads_out_of_the_bundle() {
+    for file in [
+        "../k.wgsl",
+        "kernels/../../k.wgsl",
+        "/etc/passwd",
+        "kernels//etc/passwd",
+        "k.wgsl",
+        "kernels",
+        "",
+        "kernels/a/b",
+    ] {
+        refused(|plan| plan.kernels[0].file = file.into());
+    }
+    for path in ["../w.safetensors", "/etc/passwd", "a/../../w", "", ".", "..", "kernels/k.wgsl"] {
+        refused(|plan| plan.files[0].path = path.into());
+    }
+    // What is said to be a reference must be absolute; a listed file must not be a reference.
+    refused(|plan| plan.files[0].referenced = true);
+    for name in ["../outside", "/etc/passwd", "a/b", "../w.safetensors"] {
+        let (_dir, path) = bundle();
+        change_manifest(&path, |manifest| {
+            manifest.files.insert(name.into(), Entry { bytes: 0, blake3: String::new() });
+        });
+        let error = read(&path).expect_err(name).to_string();
+        assert!(error.contains("damaged"), "{name}: {error}");
+    }
+}
+
+#[test]
+fn a_weight_file_must_be_the_one_of_the_plan() {
+    let (_dir, path) = bundle();
+    change_manifest(&path, |manifest| {
+        manifest.files.insert("weights-9.safetensors".into(), Entry { bytes: 0, blake3: String::new() });
+    });
+    assert!(read(&path).is_err());
+    let other = [8u8; 40];
+    let (_dir, path) = bundle();
+    fs::write(path.join(WEIGHTS), other).unwrap();
+    change_manifest(&path, |manifest| {
+        manifest.files.insert(WEIGHTS.into(), Entry { bytes: 40, blake3: hash_file(&other) });
+    });
+    assert!(read(&path).unwrap_err().to_string().contains(WEIGHTS));
+}
+
+#[test]
+fn plans_that_contradict_themselves_are_refused() {
+    type Change = fn(&mut Plan);
+    let cases: [(&str, Change); 22] = [
+        ("vocab_size", |p| p.model.vocab_size = 0),
+        ("max_context", |p| p.model.max_context = 0),
+        ("weight file", |p| p.files[0].bytes = u64::MAX),
+        ("outside its file", |p| p.weights[0].shards[0].segments[0].offset = 33),
+        ("outside its file", |p| p.weights[0].shards[0].segments[0].offset = u64::MAX),
+        ("outside its file", |p| p.weights[0].shards[0].segments[0].file = 1),
+        ("a shard of", |p| p.weights[0].shards[1].segments[0].bytes = u64::MAX),
+        ("a shard of", |p| p.weights[0].shape[1] = 5),
+        ("has shape", |p| p.weights[0].shape = vec![4, u64::MAX]),
+        ("has shape", |p| p.weights[0].shape = Vec::new()),
+        ("shards cover", |p| p.weights[0].shape[0] = 5),
+        ("not consecutive", |p| p.weights[0].shards[1].first = 0),
+        ("max_binding_bytes", |p| p.requirements.max_binding_bytes = 23),
+        ("absurd", |p| p.buffers[1].elements = Dim::Times(Symbol::Pages, 1 << 50)),
+        ("division by 0", |p| p.buffers[1].elements = Dim::CeilDiv(Symbol::Pages, 0)),
+        ("empty", |p| p.buffers[1].elements = Dim::Const(0)),
+        ("workgroup size", |p| p.kernels[0].workgroup_size = [u32::MAX, u32::MAX, 2]),
+        ("no such kernel", |p| p.programs[0].steps[0].kernel = 1),
+        ("4 bindings", |p| p.kernels[0].bindings.truncate(3)),
+        ("does not fit", |p| p.programs[0].steps[0].bindings[1] = Binding::Weight { weight: 0, shard: 2 }),
+        ("does not fit", |p| p.programs[0].steps[0].bindings[2] = Binding::Buffer(0)),
+        ("tap x", |p| p.programs[0].taps[0].offset = u32::MAX),
+    ];
+    for (index, (expected, change)) in cases.into_iter().enumerate() {
+        let error = refused(change);
+        assert!(error.contains(expected), "case {index}, {expected:?}: {error}");
+    }
+}
+
+/// Some place in a JSON document, by a number.
+fn place(value: &mut serde_json::Value, mut at: usize) -> &mut serde_json::Value {
+    use serde_json::Value;
+    let count = match value {
+        Value::Array(items) => items.len(),
+        Value::Object(fields) => fields.len(),
+        _ => 0,
+    };
+    if count == 0 || at % 8 == 7 {
+        return value;
+    }
+    let child = at % count;
+    at /= count;
+    match value {
+        Value::Array(items) => place(&mut items[child], at),
+        Value::Object(fields) => place(fields.values_mut().nth(child).unwrap(), at),
+        _ => unreachable!("it has children"),
+    }
+}
+
+fn anything() -> impl Strategy<Value = serde_json::Value> {
+    use serde_json::{Value, json};
+    prop_oneof![
+        Just(Value::Null),
+        Just(json!([])),
+        Just(json!({})),
+        Just(json!(-1)),
+        Just(json!(1e300)),
+        any::<u64>().prop_map(|n| json!(n)),
+        (0u32..64).prop_map(|shift| json!(1u64 << shift)),
+        (0u64..20).prop_map(|n| json!(n)),
+        "[a-z./]{0,12}".prop_map(|text| json!(text)),
+        any::<u64>().prop_map(|n| json!({ "times": ["pages", n] })),
+        any::<u64>().prop_map(|n| json!({ "ceil_div": ["rows", n] })),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// A hostile plan with a sound manifest is refused or consistent: its segments lie inside their files, and no
+    /// length overflows.
+    #[test]
+    fn changed_plans_never_panic(changes in prop::collection::vec((any::<usize>(), anything()), 1..4)) {
+        let (_dir, path) = bundle();
+        let mut json = serde_json::to_value(plan()).unwrap();
+        for (at, value) in changes {
+            *place(&mut json, at) = value;
+        }
+        replace_plan(&path, &serde_json::to_vec(&json).unwrap());
+        if let Ok(bundle) = Bundle::open(&path) {
+            for weight in &bundle.plan.weights {
+                prop_assert!(weight.slice_bytes().is_some());
+                let _ = weight.bytes();
+            }
+            let symbols = moewe_plan::Symbols { tokens: u64::MAX, rows: 1, sequences: 1 << 40, pages: 0 };
+            for buffer in &bundle.plan.buffers {
+                let _ = buffer.elements.eval(&symbols);
+            }
+            if let Ok(files) = bundle.map_weights(&|_| ()) {
+                let segments = bundle.plan.weights.iter().flat_map(|w| &w.shards).flat_map(|s| &s.segments);
+                for segment in segments {
+                    prop_assert_eq!(files.bytes(segment).len() as u64, segment.bytes);
+                }
+            }
+        }
+    }
+
+    /// Any text in the plan's place is refused.
+    #[test]
+    fn any_text_is_refused(text in prop::collection::vec(any::<u8>(), 0..200)) {
+        let (_dir, path) = bundle();
+        replace_plan(&path, &text);
+        prop_assert!(Bundle::open(&path).is_err());
+    }
+}

@@ -1,0 +1,151 @@
+//! The buffers of a session: how large they must be, and making them.
+
+use std::collections::BTreeSet;
+
+use moewe_plan::{Binding, Dim, FINISHED_STEPS, Plan, Program, ProgramKind, Role, Symbol, Symbols};
+use wgpu::BufferUsages;
+
+use crate::memory::Buffer;
+use crate::pages::pages_for;
+use crate::{DeviceType, Error, Gpu, Result, SessionOptions};
+
+/// Bytes of the latent cache when the caller does not say.
+const CACHE_BYTES: u64 = 4 << 30;
+
+/// Device buffers by their index in the plan; those that no program in use needs are absent.
+#[derive(Debug)]
+pub(crate) struct Buffers {
+    by_index: Vec<Option<Buffer>>,
+    roles: Vec<Role>,
+    /// What the symbols of buffer lengths stood for.
+    pub(crate) capacity: Symbols,
+}
+
+impl Buffers {
+    pub(crate) fn new(gpu: &Gpu, plan: &Plan, programs: &[&Program], options: &SessionOptions) -> Result<Self> {
+        let used = used_buffers(programs);
+        let capacity = capacities(gpu, plan, programs, &used, options)?;
+        let mut by_index = Vec::with_capacity(plan.buffers.len());
+        for (index, buffer) in plan.buffers.iter().enumerate() {
+            if !used.contains(&(index as u32)) {
+                by_index.push(None);
+                continue;
+            }
+            let elements = elements(plan, index, programs, &capacity);
+            let needed = least_elements(plan, buffer.role, programs, &capacity);
+            if elements < needed {
+                let what = format!("buffer {} has {elements} elements, {needed} are needed", buffer.name);
+                return Err(Error::Plan { what });
+            }
+            let usage = if buffer.role == Role::Header { BufferUsages::UNIFORM } else { BufferUsages::STORAGE };
+            let usage = usage | BufferUsages::COPY_DST | BufferUsages::COPY_SRC;
+            by_index.push(Some(gpu.buffer(&buffer.name, elements.saturating_mul(4), usage)?));
+        }
+        Ok(Self { by_index, roles: plan.buffers.iter().map(|buffer| buffer.role).collect(), capacity })
+    }
+
+    /// A buffer that a program in use needs.
+    pub(crate) fn get(&self, index: u32) -> &Buffer {
+        self.by_index[index as usize].as_ref().expect("buffers of programs in use were made")
+    }
+
+    /// The buffer of a role, if a program in use needs it.
+    pub(crate) fn role(&self, role: Role) -> Option<&Buffer> {
+        self.by_index.iter().zip(&self.roles).find(|(_, r)| **r == role).and_then(|(buffer, _)| buffer.as_ref())
+    }
+}
+
+fn used_buffers(programs: &[&Program]) -> BTreeSet<u32> {
+    let bound = programs.iter().flat_map(|program| &program.steps).flat_map(|step| &step.bindings);
+    let bound = bound.filter_map(|binding| match *binding {
+        Binding::Buffer(buffer) => Some(buffer),
+        _ => None,
+    });
+    bound.chain(programs.iter().flat_map(|program| &program.taps).map(|tap| tap.buffer)).collect()
+}
+
+fn elements(plan: &Plan, index: usize, programs: &[&Program], capacity: &Symbols) -> u64 {
+    let buffer = &plan.buffers[index];
+    // Kernels index the ring of finished tokens by the program's own capacity, even where the other buffers are
+    // cut to fit the device.
+    let rows = if buffer.role == Role::Finished { max_rows(programs) } else { capacity.rows };
+    buffer.elements.eval(&Symbols { rows, ..*capacity })
+}
+
+fn max_rows(programs: &[&Program]) -> u64 {
+    programs.iter().map(|program| u64::from(program.max_rows)).max().unwrap_or(0)
+}
+
+/// Elements that the host or the layout of the role needs at least.
+fn least_elements(plan: &Plan, role: Role, programs: &[&Program], capacity: &Symbols) -> u64 {
+    let forward: Vec<&Program> =
+        programs.iter().copied().filter(|program| program.kind == ProgramKind::Forward).collect();
+    match role {
+        Role::Scratch | Role::State | Role::Cache => 0,
+        Role::Header => 4,
+        Role::Tokens => capacity.tokens * 4,
+        Role::Rows => capacity.rows,
+        Role::PageTable => capacity.sequences * pages_for(plan.model.max_context as usize) as u64,
+        Role::Sampling => capacity.sequences * 8,
+        Role::Seen => capacity.sequences * u64::from(plan.model.vocab_size.div_ceil(32)),
+        Role::Finished => 1 + u64::from(FINISHED_STEPS) * max_rows(&forward),
+    }
+}
+
+/// The largest value of a symbol for which `dim` is at most `elements`; `None` if it does not depend on it.
+fn largest(dim: &Dim, symbol: Symbol, elements: u64) -> Option<u64> {
+    match *dim {
+        Dim::Symbol(s) if s == symbol => Some(elements),
+        Dim::Times(s, factor) if s == symbol => elements.checked_div(factor),
+        Dim::CeilDiv(s, divisor) if s == symbol => Some(elements.saturating_mul(divisor)),
+        _ => None,
+    }
+}
+
+/// What the symbols may be at most, so that every buffer that depends on them fits a binding.
+fn capacities(
+    gpu: &Gpu,
+    plan: &Plan,
+    programs: &[&Program],
+    used: &BTreeSet<u32>,
+    options: &SessionOptions,
+) -> Result<Symbols> {
+    let limit = gpu.buffer_limit(BufferUsages::STORAGE).min(plan.requirements.max_binding_bytes);
+    let sized = || used.iter().map(|&index| &plan.buffers[index as usize]).filter(|b| b.role != Role::Finished);
+    let fit = |symbol: Symbol, wanted: u64, least: u64| {
+        let tightest = sized()
+            .filter_map(|buffer| Some((largest(&buffer.elements, symbol, limit / 4)?, buffer)))
+            .min_by_key(|(most, _)| *most);
+        match tightest {
+            Some((most, buffer)) if most < least => {
+                let one = Symbols { tokens: least, rows: least, sequences: least, pages: least };
+                let bytes = buffer.elements.eval(&one).saturating_mul(4);
+                Err(Error::BufferTooLarge { name: buffer.name.clone(), bytes, limit })
+            }
+            Some((most, _)) => Ok(wanted.min(most)),
+            None => Ok(wanted),
+        }
+    };
+    let most = |of: &dyn Fn(&Program) -> u32| programs.iter().map(|program| u64::from(of(program))).max().unwrap_or(1);
+    let tokens = fit(Symbol::Tokens, most(&|program| program.max_tokens), 1)?;
+    let rows = fit(Symbol::Rows, most(&|program| program.max_rows), 1)?;
+    let wanted = u64::from(options.max_sequences.max(1));
+    let sequences = fit(Symbol::Sequences, wanted, wanted)?;
+    let pages = if let Some(pages) = options.pages {
+        fit(Symbol::Pages, pages.into(), pages.into())?
+    } else {
+        let all = sequences.saturating_mul(pages_for(plan.model.max_context as usize) as u64).min(u32::MAX.into());
+        let page = Symbols { tokens: 0, rows: 0, sequences: 0, pages: 1 };
+        let paged = sized().filter(|buffer| largest(&buffer.elements, Symbol::Pages, 1).is_some());
+        let page_bytes: u64 = paged.map(|buffer| buffer.elements.eval(&page).saturating_mul(4)).sum();
+        let mut bytes = options.cache_bytes.unwrap_or(CACHE_BYTES);
+        if options.cache_bytes.is_none() && gpu.info().device_type == DeviceType::Cpu {
+            // The rest is for activations and for whatever else the machine does.
+            let left = gpu.memory.budget().map_or(u64::MAX, |budget| budget.saturating_sub(gpu.memory.held()));
+            bytes = bytes.min(left / 2);
+        }
+        let affordable = bytes.checked_div(page_bytes).unwrap_or(u64::MAX).max(1);
+        fit(Symbol::Pages, all.min(affordable), 1)?
+    };
+    Ok(Symbols { tokens, rows, sequences, pages })
+}

@@ -1,0 +1,348 @@
+//! Finding and opening devices.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use wgpu::{Features, InstanceFlags};
+
+use crate::memory::{self, Memory};
+use crate::{Error, Result};
+
+/// What sort of device it is, the preferred ones first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum DeviceType {
+    /// A card of its own.
+    Discrete,
+    /// Part of the processor.
+    Integrated,
+    /// A share of a GPU, in a virtual machine.
+    Virtual,
+    /// A software driver.
+    Cpu,
+    /// Not told.
+    Other,
+}
+
+impl DeviceType {
+    /// The word for lists.
+    pub fn name(self) -> &'static str {
+        match self {
+            DeviceType::Discrete => "discrete",
+            DeviceType::Integrated => "integrated",
+            DeviceType::Virtual => "virtual",
+            DeviceType::Cpu => "cpu",
+            DeviceType::Other => "other",
+        }
+    }
+}
+
+/// A device that can be opened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AdapterInfo {
+    /// Its place in the list, for [`Selector::Index`].
+    pub index: usize,
+    /// Name, as the driver gives it.
+    pub name: String,
+    /// Name of the driver.
+    pub driver: String,
+    /// Version of the driver.
+    pub driver_info: String,
+    /// The interface it is reached through.
+    pub backend: String,
+    /// What sort of device it is.
+    pub device_type: DeviceType,
+    /// Invocations of the smallest and the largest subgroup.
+    pub subgroup_size: [u32; 2],
+    /// Bytes of the largest storage binding.
+    pub max_binding_bytes: u64,
+    /// Bytes of the largest buffer.
+    pub max_buffer_bytes: u64,
+    /// Storage buffers that a kernel can bind.
+    pub storage_buffers: u32,
+    /// Invocations of the largest workgroup.
+    pub workgroup_invocations: u32,
+    /// Bytes of workgroup memory.
+    pub workgroup_bytes: u32,
+    /// Workgroups in one dimension of a dispatch.
+    pub workgroups: u32,
+    /// Whether kernels can use subgroup operations.
+    pub subgroups: bool,
+    /// Whether kernels can compute in f16.
+    pub shader_f16: bool,
+    /// Whether the device can write timestamps.
+    pub timestamps: bool,
+    /// Bytes of memory, where they are known (software drivers).
+    pub memory_bytes: Option<u64>,
+}
+
+/// Which device to open.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Selector {
+    /// The best one: discrete before integrated before virtual before software.
+    #[default]
+    Default,
+    /// The one with this place in [`list`].
+    Index(usize),
+    /// The best one whose name or driver contains this, in any case.
+    Name(String),
+}
+
+impl std::str::FromStr for Selector {
+    type Err = std::convert::Infallible;
+
+    /// A number is an index; nothing or `default` is the default; anything else is part of a name.
+    fn from_str(text: &str) -> std::result::Result<Self, Self::Err> {
+        Ok(match text.trim() {
+            "" | "default" => Selector::Default,
+            text => text.parse().map_or_else(|_| Selector::Name(text.into()), Selector::Index),
+        })
+    }
+}
+
+/// Errors that the device reported outside any call of ours.
+#[derive(Debug, Default)]
+struct Faults {
+    lost: Mutex<Option<String>>,
+    refused: Mutex<Option<wgpu::Error>>,
+}
+
+/// An open device.
+#[derive(Debug)]
+pub struct Gpu {
+    pub(crate) device: wgpu::Device,
+    pub(crate) queue: wgpu::Queue,
+    pub(crate) limits: wgpu::Limits,
+    pub(crate) memory: Arc<Memory>,
+    info: AdapterInfo,
+    faults: Arc<Faults>,
+}
+
+/// All Vulkan devices of this machine.
+pub fn list() -> Vec<AdapterInfo> {
+    adapters().iter().enumerate().map(|(index, adapter)| describe(index, adapter)).collect()
+}
+
+fn adapters() -> Vec<wgpu::Adapter> {
+    let mut flags = InstanceFlags::empty();
+    if cfg!(debug_assertions) {
+        flags |= InstanceFlags::DEBUG | InstanceFlags::VALIDATION;
+    }
+    let instance = wgpu::Instance::new(wgpu::InstanceDescriptor {
+        backends: wgpu::Backends::VULKAN,
+        flags,
+        // Where the driver reports its budget, creation fails before the system begins to swap.
+        memory_budget_thresholds: wgpu::MemoryBudgetThresholds {
+            for_resource_creation: Some(97),
+            for_device_loss: None,
+        },
+        ..wgpu::InstanceDescriptor::new_without_display_handle()
+    });
+    pollster::block_on(instance.enumerate_adapters(wgpu::Backends::VULKAN))
+}
+
+fn describe(index: usize, adapter: &wgpu::Adapter) -> AdapterInfo {
+    let info = adapter.get_info();
+    let limits = adapter.limits();
+    let features = adapter.features();
+    let device_type = match info.device_type {
+        wgpu::DeviceType::DiscreteGpu => DeviceType::Discrete,
+        wgpu::DeviceType::IntegratedGpu => DeviceType::Integrated,
+        wgpu::DeviceType::VirtualGpu => DeviceType::Virtual,
+        wgpu::DeviceType::Cpu => DeviceType::Cpu,
+        wgpu::DeviceType::Other => DeviceType::Other,
+    };
+    AdapterInfo {
+        index,
+        name: info.name,
+        driver: info.driver,
+        driver_info: info.driver_info,
+        backend: info.backend.to_string(),
+        device_type,
+        subgroup_size: [info.subgroup_min_size, info.subgroup_max_size],
+        max_binding_bytes: limits.max_storage_buffer_binding_size,
+        max_buffer_bytes: limits.max_buffer_size,
+        storage_buffers: limits.max_storage_buffers_per_shader_stage,
+        workgroup_invocations: limits.max_compute_invocations_per_workgroup,
+        workgroup_bytes: limits.max_compute_workgroup_storage_size,
+        workgroups: limits.max_compute_workgroups_per_dimension,
+        subgroups: features.contains(Features::SUBGROUP),
+        shader_f16: features.contains(Features::SHADER_F16),
+        timestamps: features.contains(Features::TIMESTAMP_QUERY),
+        memory_bytes: (device_type == DeviceType::Cpu).then(memory::host_bytes).flatten(),
+    }
+}
+
+/// The place of the chosen adapter.
+fn choose(infos: &[AdapterInfo], selector: &Selector) -> Result<usize> {
+    if infos.is_empty() {
+        return Err(Error::NoDevice);
+    }
+    let best = |matches: &dyn Fn(&AdapterInfo) -> bool| {
+        infos.iter().filter(|info| matches(info)).min_by_key(|info| info.device_type).map(|info| info.index)
+    };
+    let (chosen, wanted) = match selector {
+        Selector::Default => (best(&|_| true), String::new()),
+        Selector::Index(index) => (best(&|info| info.index == *index), format!("number {index}")),
+        Selector::Name(name) => {
+            let part = name.to_lowercase();
+            let named =
+                |info: &AdapterInfo| [&info.name, &info.driver].iter().any(|n| n.to_lowercase().contains(&part));
+            (best(&named), format!("called {name:?}"))
+        }
+    };
+    chosen.ok_or_else(|| {
+        let found: Vec<String> = infos.iter().map(|info| format!("{}: {}", info.index, info.name)).collect();
+        Error::NoSuchDevice { wanted, found: found.join(", ") }
+    })
+}
+
+impl Gpu {
+    /// Opens a device with all the limits it has and the features that kernels may use.
+    pub fn open(selector: &Selector) -> Result<Arc<Self>> {
+        let adapters = adapters();
+        let infos: Vec<AdapterInfo> = adapters.iter().enumerate().map(|(i, adapter)| describe(i, adapter)).collect();
+        let index = choose(&infos, selector)?;
+        let (adapter, info) = (&adapters[index], infos[index].clone());
+        let wanted = Features::SUBGROUP
+            | Features::SHADER_F16
+            | Features::TIMESTAMP_QUERY
+            | Features::TIMESTAMP_QUERY_INSIDE_ENCODERS
+            | Features::TIMESTAMP_QUERY_INSIDE_PASSES;
+        let descriptor = wgpu::DeviceDescriptor {
+            label: Some("moewe"),
+            required_features: adapter.features() & wanted,
+            required_limits: adapter.limits(),
+            ..Default::default()
+        };
+        let (device, queue) = pollster::block_on(adapter.request_device(&descriptor))
+            .map_err(|error| Error::Open { device: info.name.clone(), what: error.to_string() })?;
+        let faults = Arc::new(Faults::default());
+        let refused = Arc::clone(&faults);
+        device.on_uncaptured_error(Arc::new(move |error| {
+            // The first error is the cause, later ones are its consequences.
+            refused.refused.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+        }));
+        let lost = Arc::clone(&faults);
+        device.set_device_lost_callback(move |reason, what| {
+            let what = if what.is_empty() { format!("{reason:?}") } else { what };
+            lost.lost.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(what);
+        });
+        let memory = Arc::new(Memory::new(info.memory_bytes));
+        Ok(Arc::new(Self { limits: device.limits(), device, queue, memory, info, faults }))
+    }
+
+    /// What device this is.
+    pub fn info(&self) -> &AdapterInfo {
+        &self.info
+    }
+
+    /// Bytes of device memory that buffers of this program hold.
+    pub fn held_bytes(&self) -> u64 {
+        self.memory.held()
+    }
+
+    /// The error that the device reported since the last call, if any.
+    pub(crate) fn check(&self) -> Result<()> {
+        let device = || self.info.name.clone();
+        if let Some(what) = self.faults.lost.lock().unwrap_or_else(PoisonError::into_inner).clone() {
+            return Err(Error::DeviceLost { device: device(), what });
+        }
+        match self.faults.refused.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            None => Ok(()),
+            Some(wgpu::Error::OutOfMemory { .. }) => Err(self.out_of_memory("a command", 0)),
+            Some(error) => Err(Error::Refused { device: device(), what: error.to_string() }),
+        }
+    }
+
+    /// The error that device memory is exhausted.
+    pub(crate) fn out_of_memory(&self, name: &str, bytes: u64) -> Error {
+        Error::OutOfMemory {
+            device: self.info.name.clone(),
+            name: name.into(),
+            bytes,
+            held: self.memory.held(),
+            budget: self.memory.budget(),
+        }
+    }
+
+    /// Runs `make` and returns the errors it caused on the device, the first one if several.
+    pub(crate) fn scoped<T>(&self, make: impl FnOnce() -> T) -> std::result::Result<T, wgpu::Error> {
+        let memory = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
+        let internal = self.device.push_error_scope(wgpu::ErrorFilter::Internal);
+        let validation = self.device.push_error_scope(wgpu::ErrorFilter::Validation);
+        let made = make();
+        let errors = [validation, internal, memory].map(|scope| pollster::block_on(scope.pop()));
+        match errors.into_iter().flatten().next() {
+            Some(error) => Err(error),
+            None => Ok(made),
+        }
+    }
+
+    /// Waits until the device has done all that was submitted.
+    pub(crate) fn wait(&self) -> Result<()> {
+        let polled = self.device.poll(wgpu::PollType::wait_indefinitely());
+        self.check()?;
+        polled.map(|_| ()).map_err(|error| Error::Refused { device: self.info.name.clone(), what: error.to_string() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn device(index: usize, name: &str, device_type: DeviceType) -> AdapterInfo {
+        AdapterInfo {
+            index,
+            name: name.into(),
+            driver: format!("{name} driver"),
+            driver_info: String::new(),
+            backend: "vulkan".into(),
+            device_type,
+            subgroup_size: [8, 8],
+            max_binding_bytes: 1,
+            max_buffer_bytes: 1,
+            storage_buffers: 1,
+            workgroup_invocations: 1,
+            workgroup_bytes: 1,
+            workgroups: 1,
+            subgroups: false,
+            shader_f16: false,
+            timestamps: false,
+            memory_bytes: None,
+        }
+    }
+
+    #[test]
+    fn real_devices_are_preferred_to_software() {
+        let devices = [
+            device(0, "llvmpipe", DeviceType::Cpu),
+            device(1, "Intel Arc", DeviceType::Integrated),
+            device(2, "NVIDIA H100", DeviceType::Discrete),
+            device(3, "NVIDIA H100", DeviceType::Discrete),
+        ];
+        let chosen = |selector: &Selector| choose(&devices, selector);
+        assert_eq!(chosen(&Selector::Default).unwrap(), 2);
+        assert_eq!(chosen(&Selector::Index(3)).unwrap(), 3);
+        assert_eq!(chosen(&Selector::Name("ARC".into())).unwrap(), 1);
+        assert_eq!(chosen(&Selector::Name("driver".into())).unwrap(), 2);
+        let error = chosen(&Selector::Name("radeon".into())).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "no device is called \"radeon\"; there are: 0: llvmpipe, 1: Intel Arc, 2: NVIDIA H100, 3: NVIDIA H100"
+        );
+        assert!(matches!(choose(&[], &Selector::Default), Err(Error::NoDevice)));
+    }
+    #[test]
+    fn a_lost_device_gives_an_error_from_then_on() {
+        let gpu =
+            Gpu::open(&Selector::Default).unwrap_or_else(|error| panic!("this test needs a Vulkan device: {error}"));
+        let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
+        let buffer = gpu.buffer("before", 64, usage).unwrap();
+        gpu.device.destroy();
+        // wgpu tells of the loss when it is polled next.
+        assert!(matches!(gpu.wait(), Err(Error::DeviceLost { .. })));
+        for _ in 0..2 {
+            assert!(matches!(gpu.buffer("after", 64, usage), Err(Error::DeviceLost { .. })));
+            assert!(matches!(gpu.read(gpu.encoder("read"), &[(&buffer, 0, 64)]), Err(Error::DeviceLost { .. })));
+        }
+    }
+}

@@ -1,0 +1,259 @@
+//! Errors of devices, models, sessions and generation.
+
+use moewe_plan::{Precision, ProgramKind};
+
+/// Result with this crate's [`Error`].
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Why something could not be run.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// No Vulkan device was found.
+    #[error(
+        "no Vulkan device was found: install a driver (Debian, Ubuntu: `apt-get install mesa-vulkan-drivers \
+         libvulkan1` gives a software one); `moewe doctor` shows what is there"
+    )]
+    NoDevice,
+    /// The wanted device is not there.
+    #[error("no device is {wanted}; there are: {found}")]
+    NoSuchDevice {
+        /// What was asked for.
+        wanted: String,
+        /// The devices that exist, each as `index: name`.
+        found: String,
+    },
+    /// The driver refused to open the device.
+    #[error("{device} could not be opened: {what}")]
+    Open {
+        /// Name of the device.
+        device: String,
+        /// What the driver said.
+        what: String,
+    },
+    /// The device stopped answering.
+    #[error("{device} was lost: {what}; start again, with a smaller batch or model if it happens again")]
+    DeviceLost {
+        /// Name of the device.
+        device: String,
+        /// What the driver said.
+        what: String,
+    },
+    /// The device refused a command.
+    #[error("{device} refused a command: {what}")]
+    Refused {
+        /// Name of the device.
+        device: String,
+        /// What the driver or the validator said.
+        what: String,
+    },
+    /// Device memory is exhausted.
+    #[error(
+        "out of memory on {device}: {name} needs {bytes} bytes, {held} are in use{}; choose a smaller model, \
+         narrower weights (`--weights`), fewer sequences or a smaller context",
+        budget.map(|b| format!(" of {b} available")).unwrap_or_default()
+    )]
+    OutOfMemory {
+        /// Name of the device.
+        device: String,
+        /// The buffer, or what the buffers are for.
+        name: String,
+        /// Bytes asked for.
+        bytes: u64,
+        /// Bytes held by this program.
+        held: u64,
+        /// Bytes there are, if known.
+        budget: Option<u64>,
+    },
+    /// A buffer is larger than the device allows.
+    #[error(
+        "buffer {name} needs {bytes} bytes, at most {limit} are possible on this device; compile for a device like \
+         it (`--target lavapipe`, `--target webgpu` or `--target generic-vulkan`)"
+    )]
+    BufferTooLarge {
+        /// The buffer.
+        name: String,
+        /// Bytes needed.
+        bytes: u64,
+        /// Bytes possible.
+        limit: u64,
+    },
+    /// The device lacks something that the plan needs.
+    #[error(
+        "{device} offers {found} {what}, the bundle (compiled for {profile}) needs {required}; compile the \
+         checkpoint again for a device like this: `--target {remedy}`"
+    )]
+    Requirement {
+        /// Name of the device.
+        device: String,
+        /// The limit or feature.
+        what: &'static str,
+        /// What the device offers.
+        found: u64,
+        /// What the plan needs.
+        required: u64,
+        /// The profile that the plan was compiled for.
+        profile: String,
+        /// A profile that fits better.
+        remedy: &'static str,
+    },
+    /// A kernel could not be made into a pipeline.
+    #[error("kernel {kernel} is not accepted by {device}: {what}")]
+    Kernel {
+        /// The kernel's name.
+        kernel: String,
+        /// Name of the device.
+        device: String,
+        /// What the validator or the driver said.
+        what: String,
+    },
+    /// The plan contradicts itself in a way that only shows when it runs.
+    #[error("the plan cannot run: {what}; compile the checkpoint again")]
+    Plan {
+        /// What was found and what was expected.
+        what: String,
+    },
+    /// The bundle has no such program.
+    #[error("the bundle has no {} program for precision {}", kind_name(*kind), precision.name())]
+    NoProgram {
+        /// Kind asked for.
+        kind: ProgramKind,
+        /// Precision asked for.
+        precision: Precision,
+    },
+    /// A program of a kind that the model or session was not made for.
+    #[error("the {} program was not named when the {place} was made", kind_name(*kind))]
+    NotPrepared {
+        /// Kind asked for.
+        kind: ProgramKind,
+        /// `model` or `session`.
+        place: &'static str,
+    },
+    /// A batch is larger than any program of its kind.
+    #[error(
+        "a batch of {tokens} tokens and {rows} logits rows: the largest {} program takes {max_tokens} and {max_rows}",
+        kind_name(*kind)
+    )]
+    BatchTooLarge {
+        /// Kind of the program.
+        kind: ProgramKind,
+        /// Tokens of the batch.
+        tokens: usize,
+        /// Rows of the batch.
+        rows: usize,
+        /// Tokens of the largest program.
+        max_tokens: u64,
+        /// Rows of the largest program.
+        max_rows: u64,
+    },
+    /// A grid is larger than the device can dispatch.
+    #[error(
+        "step {step} needs {found} workgroups in one dimension, the device dispatches at most {limit}; use a smaller chunk"
+    )]
+    GridTooLarge {
+        /// Label of the step.
+        step: String,
+        /// Workgroups needed.
+        found: u64,
+        /// Workgroups possible.
+        limit: u64,
+    },
+    /// A batch that makes no sense.
+    #[error("the batch is wrong: {what}")]
+    Batch {
+        /// What was found and what was expected.
+        what: String,
+    },
+    /// No tokens at all.
+    #[error("the prompt is empty; give at least one token")]
+    EmptyPrompt,
+    /// A token id that the model does not have.
+    #[error("token {index} of the prompt is {token}, the vocabulary has {vocab_size} tokens (0 to {})", vocab_size - 1)]
+    TokenOutOfVocabulary {
+        /// Where in the prompt.
+        index: usize,
+        /// The id.
+        token: u32,
+        /// Size of the vocabulary.
+        vocab_size: u32,
+    },
+    /// A sequence does not fit the model's context.
+    #[error("{tokens} tokens, the model's context holds {max_context}; shorten the prompt")]
+    ContextExceeded {
+        /// Tokens of the sequence.
+        tokens: usize,
+        /// Most tokens of a sequence.
+        max_context: usize,
+    },
+    /// The latent cache is full.
+    #[error(
+        "the latent cache is full: {needed} more pages of {} tokens are needed, {free} of {total} are free; use fewer \
+         or shorter sequences, or allow the cache more memory",
+        moewe_plan::PAGE_TOKENS
+    )]
+    OutOfPages {
+        /// Pages needed.
+        needed: usize,
+        /// Pages free.
+        free: usize,
+        /// All pages.
+        total: usize,
+    },
+    /// All slots for sequences are taken.
+    #[error("the session holds {max_sequences} sequences already; remove one or allow more")]
+    OutOfSequences {
+        /// Slots of the session.
+        max_sequences: u32,
+    },
+    /// A sequence that was removed, or is of another session.
+    #[error("sequence {slot} is not in this session (any more)")]
+    UnknownSequence {
+        /// Slot it had.
+        slot: u32,
+    },
+    /// A sequence is not ready for what was asked.
+    #[error("sequence {slot} has {pending} tokens that were not run yet, {expected} expected")]
+    Pending {
+        /// Slot of the sequence.
+        slot: u32,
+        /// Tokens not run yet.
+        pending: usize,
+        /// What was expected.
+        expected: &'static str,
+    },
+    /// Sampling parameters that make no sense.
+    #[error("{field} is {found}, {expected} expected")]
+    Sampling {
+        /// Name of the parameter.
+        field: &'static str,
+        /// Its value.
+        found: f32,
+        /// What it may be.
+        expected: &'static str,
+    },
+    /// The program has no such tap.
+    #[error("there is no tap {name:?} in the {} program", kind_name(*kind))]
+    NoTap {
+        /// Name asked for.
+        name: String,
+        /// Kind of the program.
+        kind: ProgramKind,
+    },
+    /// Taps were asked for before the program ran.
+    #[error("the {} program has not run last, so its taps cannot be read", kind_name(*kind))]
+    NotRun {
+        /// Kind of the program.
+        kind: ProgramKind,
+    },
+    /// The bundle is damaged or lacks a file.
+    #[error(transparent)]
+    Bundle(#[from] moewe_plan::Error),
+}
+
+/// A word for messages.
+pub(crate) fn kind_name(kind: ProgramKind) -> String {
+    match kind {
+        ProgramKind::Forward => "forward".into(),
+        ProgramKind::Trace => "trace".into(),
+        ProgramKind::Draft { module } => format!("draft {module}"),
+    }
+}

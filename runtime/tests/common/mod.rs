@@ -1,0 +1,278 @@
+//! A tiny "language model" with handwritten kernels: the next token depends on every token before it, read through
+//! the page table, so that any slip in paging, batching or feedback shows. [`next`] is the same on the host.
+#![allow(dead_code)] // each test binary uses its own part of this
+
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+
+use moewe_plan::{
+    Access, Binding, BindingLayout, Buffer, Bundle, Cost, DType, Dim, Entry, FORMAT_VERSION, Kernel, ModelInfo, Plan,
+    Precision, Program, ProgramKind, Requirements, Role, Segment, Shard, Staging, Step, Symbol, TapSpec, Weight,
+    WeightFile, WeightFormat, hash_file,
+};
+use moewe_runtime::{Gpu, Model, Selector, Session, SessionOptions};
+
+pub const VOCAB: u32 = 97;
+pub const MAX_CONTEXT: u32 = 300;
+pub const EOS: u32 = 11;
+/// Numbers of one row of the buffer `mix`.
+pub const MIX: u32 = 6;
+/// Rows and columns of the weight; rows are padded to 8 bytes.
+pub const TABLE: [u64; 2] = [7, 6];
+
+/// Opens the device, or fails the test.
+pub fn gpu() -> Arc<Gpu> {
+    Gpu::open(&Selector::Default).unwrap_or_else(|error| panic!("this test needs a Vulkan device: {error}"))
+}
+
+/// The bytes of the weight, padding included.
+pub fn table() -> Vec<u8> {
+    (0..TABLE[0] * 8).map(|i| if i % 8 < TABLE[1] { (i * 37 % 251) as u8 } else { 0 }).collect()
+}
+
+/// The token that follows `tokens`; with `fresh`, the nearest one behind it that has not been seen.
+pub fn next(tokens: &[u32], fresh: bool) -> u32 {
+    let sum = tokens.iter().enumerate().fold(0u32, |sum, (j, &id)| sum.wrapping_add(id.wrapping_mul(j as u32 + 1)));
+    let bytes = table();
+    let last = *tokens.last().expect("there is a token");
+    let byte = u32::from(bytes[(last % TABLE[0] as u32 * 8 + last % TABLE[1] as u32) as usize]);
+    let next = sum.wrapping_mul(5).wrapping_add(tokens.len() as u32 - 1 + 3).wrapping_add(byte) % VOCAB;
+    let mut candidates = (0..VOCAB).map(|i| (next + i) % VOCAB);
+    candidates.find(|token| !(fresh && tokens.contains(token))).unwrap_or(next)
+}
+
+/// `count` tokens after `prompt`.
+pub fn continuation(prompt: &[u32], count: usize, fresh: bool) -> Vec<u32> {
+    let mut tokens = prompt.to_vec();
+    for _ in 0..count {
+        tokens.push(next(&tokens, fresh));
+    }
+    tokens.split_off(prompt.len())
+}
+
+/// A prompt of this length.
+pub fn prompt(length: u32, seed: u32) -> Vec<u32> {
+    (0..length).map(|i| (i * i * 7 + i * seed + seed) % VOCAB).collect()
+}
+
+fn buffers() -> Vec<Buffer> {
+    let width = u64::from(MAX_CONTEXT.div_ceil(64));
+    let buffer = |name: &str, dtype, elements, role| Buffer { name: name.into(), dtype, elements, role };
+    vec![
+        buffer("batch", DType::U32, Dim::Const(4), Role::Header),
+        buffer("tokens", DType::U32, Dim::Times(Symbol::Tokens, 4), Role::Tokens),
+        buffer("rows", DType::U32, Dim::Symbol(Symbol::Rows), Role::Rows),
+        buffer("page_table", DType::U32, Dim::Times(Symbol::Sequences, width), Role::PageTable),
+        buffer("sampling", DType::U32, Dim::Times(Symbol::Sequences, 8), Role::Sampling),
+        buffer("seen", DType::U32, Dim::Times(Symbol::Sequences, u64::from(VOCAB.div_ceil(32))), Role::Seen),
+        buffer("finished", DType::U32, Dim::Times(Symbol::Rows, 33), Role::Finished),
+        buffer("cache", DType::U32, Dim::Times(Symbol::Pages, 64), Role::Cache),
+        buffer("logits", DType::F32, Dim::Times(Symbol::Rows, VOCAB.into()), Role::Scratch),
+        buffer("row_tokens", DType::U32, Dim::Times(Symbol::Rows, 2), Role::Scratch),
+        buffer("mix", DType::U32, Dim::Times(Symbol::Tokens, MIX.into()), Role::Scratch),
+        buffer("dump", DType::U32, Dim::Const(16), Role::State),
+    ]
+}
+
+fn kernels() -> Vec<(Kernel, &'static str)> {
+    use Access::{Read, ReadWrite, Uniform};
+    let kernel = |name: &str, bindings: &[(&str, Access)], source| {
+        let bindings = bindings.iter().map(|&(name, access)| BindingLayout { name: name.into(), access }).collect();
+        let file = format!("kernels/{name}.wgsl");
+        (Kernel { name: name.into(), file, workgroup_size: [1; 3], bindings, why: String::new() }, source)
+    };
+    vec![
+        kernel(
+            "write",
+            &[("batch", Uniform), ("tokens", Read), ("page_table", Read), ("cache", ReadWrite), ("step", Uniform)],
+            include_str!("../kernels/write.wgsl"),
+        ),
+        kernel(
+            "score",
+            &[
+                ("batch", Uniform),
+                ("tokens", Read),
+                ("rows", Read),
+                ("page_table", Read),
+                ("cache", Read),
+                ("sampling", Read),
+                ("seen", Read),
+                ("low", Read),
+                ("high", Read),
+                ("logits", ReadWrite),
+                ("row_tokens", ReadWrite),
+                ("step", Uniform),
+            ],
+            include_str!("../kernels/score.wgsl"),
+        ),
+        kernel(
+            "sample",
+            &[
+                ("batch", Uniform),
+                ("logits", Read),
+                ("row_tokens", Read),
+                ("tokens", ReadWrite),
+                ("rows", ReadWrite),
+                ("seen", ReadWrite),
+                ("finished", ReadWrite),
+                ("step", Uniform),
+            ],
+            include_str!("../kernels/sample.wgsl"),
+        ),
+        kernel("advance", &[("finished", ReadWrite)], include_str!("../kernels/advance.wgsl")),
+        kernel(
+            "dump",
+            &[("weight", Read), ("dump", ReadWrite), ("step", Uniform)],
+            include_str!("../kernels/dump.wgsl"),
+        ),
+        kernel("mix", &[("batch", Uniform), ("tokens", Read), ("mix", ReadWrite)], include_str!("../kernels/mix.wgsl")),
+    ]
+}
+
+fn program(kind: ProgramKind, max_tokens: u32, max_rows: u32) -> Program {
+    let kernels = kernels();
+    let names: Vec<String> = buffers().into_iter().map(|buffer| buffer.name).collect();
+    let step = |name: &str, shard: u32, grid: Dim, params: [u32; 4]| {
+        let kernel = kernels.iter().position(|(kernel, _)| kernel.name == name).expect("a kernel of ours");
+        let bind = |layout: &BindingLayout| match layout.name.as_str() {
+            "step" => Binding::Params,
+            "low" => Binding::Weight { weight: 0, shard: 0 },
+            "high" => Binding::Weight { weight: 0, shard: 1 },
+            "weight" => Binding::Weight { weight: 0, shard },
+            name => Binding::Buffer(names.iter().position(|n| n == name).expect("a buffer of ours") as u32),
+        };
+        Step {
+            label: name.into(),
+            layer: None,
+            kernel: kernel as u32,
+            bindings: kernels[kernel].0.bindings.iter().map(bind).collect(),
+            grid: [grid, Dim::Const(1), Dim::Const(1)],
+            params,
+            cost: Cost::default(),
+        }
+    };
+    let (tokens, rows) = (Dim::Symbol(Symbol::Tokens), Dim::Symbol(Symbol::Rows));
+    let width = MAX_CONTEXT.div_ceil(64);
+    let mut steps = vec![
+        step("write", 0, tokens.clone(), [width, 0, 0, 0]),
+        step("score", 0, rows.clone(), [width, VOCAB, VOCAB.div_ceil(32), 0]),
+    ];
+    let mut taps = Vec::new();
+    if kind == ProgramKind::Forward {
+        steps.push(step("sample", 0, rows, [max_rows, VOCAB, VOCAB.div_ceil(32), 0]));
+        steps.push(step("advance", 0, Dim::CeilDiv(Symbol::Rows, 1 << 40), [0; 4]));
+    } else {
+        steps.push(step("mix", 0, tokens.clone(), [0; 4]));
+        steps.push(step("dump", 0, Dim::Const(6), [0; 4]));
+        steps.push(step("dump", 1, Dim::Const(8), [6, 0, 0, 0]));
+        let index = |name: &str| names.iter().position(|n| n == name).expect("a buffer of ours") as u32;
+        let tap = |name: &str, buffer: &str, rows: Dim, stride, offset, columns| TapSpec {
+            name: name.into(),
+            buffer: index(buffer),
+            rows,
+            stride,
+            offset,
+            columns,
+        };
+        taps.push(tap("logits", "logits", Dim::Symbol(Symbol::Rows), VOCAB, 0, VOCAB));
+        taps.push(tap("mix", "mix", tokens.clone(), MIX, 0, MIX));
+        taps.push(tap("mix.part", "mix", tokens, MIX, 2, 3));
+        taps.push(tap("weight", "dump", Dim::Const(1), 14, 0, 14));
+    }
+    Program { kind, precision: Precision::Exact, max_tokens, max_rows, steps, taps }
+}
+
+/// The plan; weights are added by [`write_bundle`].
+pub fn plan() -> Plan {
+    Plan {
+        format_version: FORMAT_VERSION,
+        generator: "test".into(),
+        model: ModelInfo {
+            architecture: "TestLM".into(),
+            checkpoint: "none".into(),
+            vocab_size: VOCAB,
+            max_context: MAX_CONTEXT,
+            eos_token_ids: vec![EOS],
+            layers: 1,
+            moe_layers: Vec::new(),
+            experts: 0,
+            mtp_modules: 0,
+            latent_numbers: 1,
+            cached_layers: 1,
+        },
+        requirements: Requirements {
+            profile: "test".into(),
+            max_binding_bytes: 1 << 27,
+            storage_buffers: 8,
+            workgroup_invocations: 1,
+            workgroup_bytes: 0,
+            subgroups: false,
+        },
+        files: Vec::new(),
+        weights: Vec::new(),
+        buffers: buffers(),
+        kernels: kernels().into_iter().map(|(kernel, _)| kernel).collect(),
+        programs: vec![
+            program(ProgramKind::Forward, 32, 4),
+            program(ProgramKind::Forward, 4, 2),
+            program(ProgramKind::Trace, 32, 32),
+        ],
+    }
+}
+
+/// Writes the plan's bundle, its weight in two shards of oddly cut segments in two files.
+pub fn write_bundle(dir: &Path, mut plan: Plan) {
+    let mut staging = Staging::new(dir).expect("the bundle can be begun");
+    let bytes = table();
+    // File, offset and length of each segment; the offsets leave gaps that must not be uploaded.
+    let cuts = [[(0, 1, 1), (1, 0, 2), (0, 3, 5), (1, 5, 16)].as_slice(), &[(1, 22, 31), (0, 9, 1)]];
+    let mut files = [vec![0xee; 16], vec![0xee; 64]];
+    let mut at = 0;
+    let mut shards = Vec::new();
+    for (cuts, (first, count)) in cuts.iter().zip([(0, 3), (3, 4)]) {
+        let mut segments = Vec::new();
+        for &(file, offset, length) in *cuts {
+            files[file][offset..offset + length].copy_from_slice(&bytes[at..at + length]);
+            segments.push(Segment { file: file as u32, offset: offset as u64, bytes: length as u64 });
+            at += length;
+        }
+        shards.push(Shard { first, count, segments });
+    }
+    plan.weights.push(Weight { name: "table".into(), format: WeightFormat::Fp8, shape: TABLE.to_vec(), shards });
+    for (index, contents) in files.iter().enumerate() {
+        let path = format!("weights-{index}.safetensors");
+        staging.write(&path, contents).expect("weights can be written");
+        let entry = Entry { bytes: contents.len() as u64, blake3: hash_file(contents) };
+        staging.weight_file(&path, entry.clone());
+        plan.files.push(WeightFile { path, referenced: false, bytes: entry.bytes, blake3: entry.blake3 });
+    }
+    for (kernel, source) in kernels() {
+        staging.write(&kernel.file, source.as_bytes()).expect("kernels can be written");
+    }
+    for kernel in &plan.kernels {
+        if !fs::exists(staging.dir().join(&kernel.file)).expect("the directory can be read") {
+            staging.write(&kernel.file, b"this is no kernel").expect("kernels can be written");
+        }
+    }
+    staging.finish(&plan).expect("the bundle can be finished");
+}
+
+/// Loads a plan's bundle.
+pub fn load(plan: Plan) -> moewe_runtime::Result<Arc<Model>> {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let path = dir.path().join("bundle");
+    write_bundle(&path, plan);
+    Model::load(&gpu(), &Bundle::open(&path)?, &|_| ())
+}
+
+/// Options for several sequences and both kinds of program.
+pub fn options(max_sequences: u32) -> SessionOptions {
+    SessionOptions { kinds: vec![ProgramKind::Forward, ProgramKind::Trace], max_sequences, ..SessionOptions::default() }
+}
+
+/// A session over the plan as it is.
+pub fn session(max_sequences: u32) -> Session {
+    let model = load(plan()).expect("the model loads");
+    Session::new(model, options(max_sequences)).expect("the session can be made")
+}

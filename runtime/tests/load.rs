@@ -1,0 +1,227 @@
+//! What is refused, and how it is said: bundles that are damaged, plans that the device cannot run, memory that is not there.
+
+mod common;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use common::{gpu, load, options, plan, write_bundle};
+use moewe_plan::{Buffer, Bundle, DType, Dim, Kernel, Plan, ProgramKind, Role, Symbol};
+use moewe_runtime::{Error, Gpu, Model, Progress, Result, Selector, Session, SessionOptions};
+
+fn bundle() -> (tempfile::TempDir, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("bundle");
+    write_bundle(&path, plan());
+    (dir, path)
+}
+
+fn open_and_load(path: &Path) -> Result<()> {
+    Model::load(&gpu(), &Bundle::open(path)?, &|_| ()).map(|_| ())
+}
+
+/// Loading, preparing and allocating; the error is expected.
+fn refused(plan: Plan) -> Error {
+    match load(plan).and_then(|model| Session::new(model, options(1))) {
+        Ok(_) => panic!("it was accepted"),
+        Err(error) => error,
+    }
+}
+
+fn scratch(name: &str, elements: Dim) -> Buffer {
+    Buffer { name: name.into(), dtype: DType::F32, elements, role: Role::Scratch }
+}
+
+/// Binds further buffers to nothing but taps, so that they are allocated.
+fn with_buffers(mut plan: Plan, buffers: Vec<Buffer>) -> Plan {
+    for buffer in buffers {
+        let index = plan.buffers.len() as u32;
+        plan.buffers.push(buffer);
+        let tap = moewe_plan::TapSpec {
+            name: format!("extra {index}"),
+            buffer: index,
+            rows: Dim::Const(0),
+            stride: 1,
+            offset: 0,
+            columns: 1,
+        };
+        plan.programs[2].taps.push(tap);
+    }
+    plan
+}
+
+#[test]
+fn damaged_bundles_are_refused() {
+    let damage = |name: &str, change: &dyn Fn(&mut Vec<u8>)| {
+        let (_dir, path) = bundle();
+        let mut bytes = fs::read(path.join(name)).unwrap();
+        change(&mut bytes);
+        fs::write(path.join(name), bytes).unwrap();
+        open_and_load(&path).expect_err(name).to_string()
+    };
+    for name in ["plan.json", "manifest.json", "kernels/score.wgsl", "weights-0.safetensors", "weights-1.safetensors"] {
+        let flipped = damage(name, &|bytes| {
+            let middle = bytes.len() / 2;
+            bytes[middle] ^= 1;
+        });
+        let short = damage(name, &|bytes| bytes.truncate(bytes.len() - 1));
+        for error in [flipped, short] {
+            assert!(error.contains(name) || error.contains("bundle format"), "{name}: {error}");
+        }
+        let (_dir, path) = bundle();
+        fs::remove_file(path.join(name)).unwrap();
+        let error = open_and_load(&path).expect_err(name).to_string();
+        assert!(error.contains(name), "{name}: {error}");
+    }
+    let error = damage("manifest.json", &|bytes| {
+        let text = String::from_utf8(bytes.clone()).unwrap();
+        *bytes = text.replace("\"format_version\": 1", "\"format_version\": 7").into_bytes();
+    });
+    assert!(error.contains("bundle format 7, this moewe reads format 1"), "{error}");
+    let error = open_and_load(Path::new("/no/such/bundle")).unwrap_err().to_string();
+    assert!(error.contains("/no/such/bundle") && error.contains("moewe compile"), "{error}");
+}
+
+#[test]
+fn a_plan_without_weights_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("bundle");
+    write_bundle(&path, plan());
+    let mut bundle = Bundle::open(&path).unwrap();
+    bundle.plan.weights[0].shards[0].segments.clear();
+    let error = Model::load(&gpu(), &bundle, &|_| ()).unwrap_err().to_string();
+    assert!(error.contains("without weights (table is absent)"), "{error}");
+}
+
+#[test]
+fn missing_limits_are_named_with_a_remedy() {
+    let mut greedy = plan();
+    greedy.requirements.storage_buffers = 1_000_000_000;
+    let error = refused(greedy);
+    assert!(
+        matches!(error, Error::Requirement { what: "storage buffers for a kernel", required: 1_000_000_000, .. }),
+        "{error}"
+    );
+    assert!(error.to_string().contains("--target"), "{error}");
+    let mut greedy = plan();
+    greedy.requirements.workgroup_bytes = u32::MAX;
+    assert!(matches!(refused(greedy), Error::Requirement { what: "bytes of workgroup memory", .. }));
+    let mut greedy = plan();
+    greedy.requirements.workgroup_invocations = 1 << 20;
+    assert!(matches!(refused(greedy), Error::Requirement { what: "invocations in a workgroup", .. }));
+}
+
+#[test]
+fn absurd_buffers_give_an_error_not_a_crash() {
+    let error = refused(with_buffers(plan(), vec![scratch("huge", Dim::Const(1 << 47))]));
+    assert!(matches!(&error, Error::BufferTooLarge { name, .. } if name == "huge"), "{error}");
+    let wide = Dim::Times(Symbol::Tokens, 1 << 44);
+    let error = refused(with_buffers(plan(), vec![scratch("wide", wide)]));
+    assert!(matches!(&error, Error::BufferTooLarge { name, .. } if name == "wide"), "{error}");
+    // Each is possible, all together are not.
+    let many = (0..4000).map(|i| scratch(&format!("part {i}"), Dim::Const(1 << 24))).collect();
+    let error = refused(with_buffers(plan(), many));
+    assert!(matches!(error, Error::OutOfMemory { bytes: 67_108_864, .. }), "{error}");
+}
+
+#[test]
+fn a_kernel_that_is_none_is_named() {
+    let mut odd = plan();
+    odd.kernels.push(Kernel { name: "odd".into(), file: "kernels/odd.wgsl".into(), ..odd.kernels[3].clone() });
+    odd.programs[0].steps[3].kernel = odd.kernels.len() as u32 - 1;
+    let error = refused(odd);
+    assert!(matches!(&error, Error::Kernel { kernel, .. } if kernel == "odd"), "{error}");
+    // Bindings that the source does not have are as wrong as a source that does not parse.
+    let mut odd = plan();
+    odd.kernels[3].bindings[0].access = moewe_plan::Access::Read;
+    assert!(matches!(refused(odd), Error::Kernel { kernel, .. } if kernel == "advance"));
+}
+
+#[test]
+fn plans_that_contradict_themselves_are_refused() {
+    let mut twice = plan();
+    twice.buffers.push(Buffer { name: "tokens too".into(), ..twice.buffers[1].clone() });
+    assert!(refused(twice).to_string().contains("buffers tokens, tokens too share the role Tokens"));
+    let mut small = plan();
+    small.buffers[6].elements = Dim::Times(Symbol::Rows, 2);
+    assert!(refused(small).to_string().contains("buffer finished has"));
+    // One buffer read and written by one dispatch is refused by the device when the batch runs.
+    let mut exclusive = plan();
+    let own = exclusive.programs[2].steps[2].bindings[2];
+    exclusive.programs[2].steps[2].bindings[1] = own;
+    let mut session = Session::new(load(exclusive).unwrap(), options(1)).unwrap();
+    let sequence = session.add_sequence(&[1], moewe_plan::Sampling::default()).unwrap();
+    let batch = moewe_runtime::Batch::of(sequence, &[1], 0);
+    let error = session.run(ProgramKind::Trace, &batch).unwrap_err();
+    assert!(matches!(error, Error::Refused { .. }), "{error}");
+    // The session is not spoilt by it.
+    assert!(session.prefill(&[sequence], None).is_ok());
+    let mut flat = plan();
+    flat.programs[2].steps[0].grid[1] = Dim::Const(70_000);
+    let mut session = Session::new(load(flat).unwrap(), options(1)).unwrap();
+    let sequence = session.add_sequence(&[1], moewe_plan::Sampling::default()).unwrap();
+    let error = session.run(ProgramKind::Trace, &moewe_runtime::Batch::of(sequence, &[1], 0)).unwrap_err();
+    assert!(matches!(error, Error::GridTooLarge { found: 70_000, .. }), "{error}");
+}
+
+#[test]
+fn programs_that_are_not_there_are_named() {
+    let model = load(plan()).unwrap();
+    let draft = SessionOptions { kinds: vec![ProgramKind::Draft { module: 1 }], ..SessionOptions::default() };
+    assert!(matches!(Session::new(model.clone(), draft), Err(Error::NoProgram { .. })));
+    let fast = SessionOptions { precision: moewe_plan::Precision::Fast, ..SessionOptions::default() };
+    let error = Session::new(model, fast).unwrap_err();
+    assert_eq!(error.to_string(), "the bundle has no forward program for precision fast");
+    let (_dir, path) = bundle();
+    let model = Model::load_for(&gpu(), &Bundle::open(&path).unwrap(), &[ProgramKind::Forward], &|_| ()).unwrap();
+    assert!(Session::new(model.clone(), SessionOptions::default()).is_ok());
+    assert!(matches!(Session::new(model, options(1)), Err(Error::NotPrepared { place: "model", .. })));
+}
+
+#[test]
+fn loading_reports_its_progress_and_frees_its_memory() {
+    let (_dir, path) = bundle();
+    let gpu = gpu();
+    let seen = std::cell::RefCell::new(Vec::new());
+    let model = Model::load(&gpu, &Bundle::open(&path).unwrap(), &|p| seen.borrow_mut().push(p)).unwrap();
+    model.prepare(&[ProgramKind::Forward], moewe_plan::Precision::Exact, &|p| seen.borrow_mut().push(p)).unwrap();
+    let seen = seen.into_inner();
+    assert!(seen.contains(&Progress::Verify { done: 80, total: 80 }), "{seen:?}");
+    assert!(seen.contains(&Progress::Upload { done: 64, total: 64 }), "{seen:?}");
+    assert!(seen.contains(&Progress::Pipelines { done: 4, total: 4 }), "{seen:?}");
+    let weights = gpu.held_bytes();
+    let session = Session::new(model.clone(), options(1)).unwrap();
+    assert!(gpu.held_bytes() > weights);
+    drop(session);
+    assert_eq!(gpu.held_bytes(), weights);
+    drop(model);
+    assert_eq!(gpu.held_bytes(), 0);
+}
+
+#[test]
+fn devices_are_chosen_by_index_and_name() {
+    let devices = moewe_runtime::list();
+    assert!(!devices.is_empty(), "this test needs a Vulkan device");
+    let first = &devices[0];
+    assert_eq!(Gpu::open(&Selector::Index(0)).unwrap().info().name, first.name);
+    let part = first.name.to_uppercase();
+    assert!(Gpu::open(&Selector::Name(part)).is_ok());
+    for selector in [Selector::Index(99), Selector::Name("no such device".into())] {
+        let error = Gpu::open(&selector).unwrap_err();
+        assert!(matches!(error, Error::NoSuchDevice { .. }), "{error}");
+        assert!(error.to_string().contains(&first.name), "{error}");
+    }
+    assert_eq!("1".parse(), Ok(Selector::Index(1)));
+    assert_eq!("".parse(), Ok(Selector::Default));
+    assert_eq!("llvmpipe".parse(), Ok(Selector::Name("llvmpipe".into())));
+}
+
+#[test]
+fn the_device_can_be_measured() {
+    let gpu = gpu();
+    let bandwidth = moewe_runtime::copy_bandwidth(&gpu).unwrap();
+    let dispatch = moewe_runtime::dispatch_cost(&gpu).unwrap();
+    let submit = moewe_runtime::submit_latency(&gpu).unwrap();
+    println!("{bandwidth:?}, {dispatch} µs a dispatch, {submit} µs a submission");
+    assert!(bandwidth.kernel > 0.0 && bandwidth.copy > 0.0 && submit > 0.0);
+}
