@@ -157,8 +157,7 @@ fn argmax_of_last(session: &Session, kind: ProgramKind, name: &str) -> Result<u3
 
 /// Puts the experts of each token, and with them their weights, in ascending order.
 fn sort_experts(tensors: &mut Tensors) {
-    let layers: Vec<String> =
-        tensors.keys().filter_map(|name| name.strip_suffix(".ids").map(str::to_owned)).collect();
+    let layers: Vec<String> = tensors.keys().filter_map(|name| name.strip_suffix(".ids").map(str::to_owned)).collect();
     for layer in layers {
         let Some(Tensor { shape, data: Numbers::I32(ids) }) = tensors.get(&format!("{layer}.ids")).cloned() else {
             continue;

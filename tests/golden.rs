@@ -22,7 +22,8 @@ struct Golden {
 impl Golden {
     fn open(dir: &Path) -> Self {
         let read = |path: &Path| -> serde_json::Value {
-            serde_json::from_str(&std::fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))).unwrap()
+            serde_json::from_str(&std::fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display())))
+                .unwrap()
         };
         let same = dir.join("golden.json");
         let goldens = if same.exists() {

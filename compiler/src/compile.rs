@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use moewe_plan::{
-    Dim, FORMAT_VERSION, ModelInfo, Plan, Precision, Program, ProgramKind, Requirements, Role, Staging, Symbol, WeightFormat,
+    Dim, FORMAT_VERSION, ModelInfo, Plan, Precision, Program, ProgramKind, Requirements, Role, Staging, Symbol,
+    WeightFormat,
 };
 
 use crate::checkpoint::Checkpoint;
@@ -88,10 +89,10 @@ pub fn compile(checkpoint: &Checkpoint, options: &Options, output: &Path, progre
         (files, weights)
     };
     let mut identity = blake3::Hasher::new();
-    identity.update(&std::fs::read(checkpoint.config_path()).map_err(|source| Error::Read {
-        path: checkpoint.config_path().into(),
-        source,
-    })?);
+    identity.update(
+        &std::fs::read(checkpoint.config_path())
+            .map_err(|source| Error::Read { path: checkpoint.config_path().into(), source })?,
+    );
     for file in &plan.files {
         identity.update(file.blake3.as_bytes());
     }

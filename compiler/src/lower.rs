@@ -119,7 +119,9 @@ impl Lowering<'_, '_> {
                 ("batch.pages", DType::U32, Dim::Times(Symbol::Sequences, pages))
             }
             Role::Sampling => ("batch.sampling", DType::U32, Dim::Times(Symbol::Sequences, 8)),
-            Role::Seen => ("batch.seen", DType::U32, Dim::Times(Symbol::Sequences, config.vocab_size.div_ceil(32) as u64)),
+            Role::Seen => {
+                ("batch.seen", DType::U32, Dim::Times(Symbol::Sequences, config.vocab_size.div_ceil(32) as u64))
+            }
             Role::Finished => {
                 ("batch.finished", DType::U32, Dim::Const(1 + u64::from(FINISHED_STEPS) * MAX_ROWS as u64))
             }
@@ -137,7 +139,8 @@ impl Lowering<'_, '_> {
 
     /// Table of RoPE angles (see shaders/wesl/rope.wesl for the layout).
     fn angles(&mut self) -> Result<Slot> {
-        let (rope, positions) = (&self.config.rope, self.config.max_position_embeddings + self.config.num_nextn_predict_layers);
+        let (rope, positions) =
+            (&self.config.rope, self.config.max_position_embeddings + self.config.num_nextn_predict_layers);
         let index = self.shared.packer.generated(ANGLES, || {
             let (theta, factor) = (rope.inv_freq(), rope.cos_sin_factor());
             let fine = (0..256).map(|position| (f64::from(position), factor));
@@ -192,9 +195,7 @@ impl Lowering<'_, '_> {
                 Some(Slot::Weight(weight, shard)) => Ok(Binding::Weight { weight, shard }),
                 Some(Slot::Buffer(buffer)) => Ok(Binding::Buffer(buffer)),
                 Some(Slot::Params) => Ok(Binding::Params),
-                None => {
-                    Err(Error::Kernel { detail: format!("{}: nothing bound to {}", variant.name(), layout.name) })
-                }
+                None => Err(Error::Kernel { detail: format!("{}: nothing bound to {}", variant.name(), layout.name) }),
             }
         });
         let bindings = bindings.collect::<Result<_>>()?;
@@ -265,7 +266,8 @@ impl Lowering<'_, '_> {
             ];
             slots.extend(matrix.scales.map(|scales| ("w_scale", Slot::Weight(scales, 0))));
             let grid = [Dim::Const(d.div_ceil(4).div_ceil(WORKGROUP) as u64), Dim::Symbol(Symbol::Tokens), ONE];
-            let cost = Cost { token_bytes: (matrix.row_bytes + 4 * d as u64) / matrix.shards.len() as u64, ..Cost::default() };
+            let cost =
+                Cost { token_bytes: (matrix.row_bytes + 4 * d as u64) / matrix.shards.len() as u64, ..Cost::default() };
             self.emit(node, &variant, &slots, grid, [first as u32, count as u32, 0, 0], cost)?;
         }
         Ok(())
@@ -273,8 +275,7 @@ impl Lowering<'_, '_> {
 
     fn rms_norm(&mut self, node: &Node, norm: Norm, y: Value) -> Result<()> {
         let n = self.len(y);
-        let slots =
-            [("x", Slot::Value(node.inputs[0])), ("norm", self.vector(norm.weight)?), ("y", Slot::Value(y))];
+        let slots = [("x", Slot::Value(node.inputs[0])), ("norm", self.vector(norm.weight)?), ("y", Slot::Value(y))];
         let rows = Dim::Symbol(symbol(self.graph.ty(y).rows));
         let cost = Cost { token_bytes: 8 * n as u64, ..Cost::default() };
         self.emit(node, &select::rms_norm(n, norm.eps), &slots, [rows, ONE, ONE], [0; 4], cost)
@@ -425,11 +426,8 @@ impl Lowering<'_, '_> {
             ];
             slots.extend(matrix.scales.map(|scales| ("kv_b_scale", Slot::Weight(scales, 0))));
             let columns = mla.rank.div_ceil(4) + mla.rope / 2;
-            let grid = [
-                Dim::Const(columns.div_ceil(WORKGROUP) as u64),
-                Dim::Const(heads.1),
-                Dim::Symbol(Symbol::Tokens),
-            ];
+            let grid =
+                [Dim::Const(columns.div_ceil(WORKGROUP) as u64), Dim::Const(heads.1), Dim::Symbol(Symbol::Tokens)];
             let cost = Cost {
                 fixed_bytes: heads.1 * mla.nope as u64 * matrix.row_bytes,
                 token_bytes: 4 * heads.1 * (mla.nope + mla.rank + 2 * mla.rope) as u64,

@@ -104,8 +104,10 @@ pub fn assign(graph: &Graph, program: &str, buffers: &mut Buffers) -> HashMap<Va
 fn take(scratch: &mut Vec<(Rows, DType, usize, bool)>, ty: &TensorType) -> usize {
     let length = ty.row_len().max(1);
     let free = |(_, slot): &(usize, &(Rows, DType, usize, bool))| !slot.3 && (slot.0, slot.1) == (ty.rows, ty.dtype);
-    let fitting = scratch.iter().enumerate().filter(free).filter(|(_, slot)| slot.2 >= length).min_by_key(|(_, slot)| slot.2);
-    let chosen = fitting.or_else(|| scratch.iter().enumerate().filter(free).max_by_key(|(_, slot)| slot.2)).map(|(i, _)| i);
+    let fitting =
+        scratch.iter().enumerate().filter(free).filter(|(_, slot)| slot.2 >= length).min_by_key(|(_, slot)| slot.2);
+    let chosen =
+        fitting.or_else(|| scratch.iter().enumerate().filter(free).max_by_key(|(_, slot)| slot.2)).map(|(i, _)| i);
     let chosen = chosen.unwrap_or_else(|| {
         scratch.push((ty.rows, ty.dtype, length, true));
         scratch.len() - 1

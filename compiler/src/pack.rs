@@ -81,7 +81,9 @@ impl<'a> Packer<'a> {
         let config = self.checkpoint.config();
         let dtype = match self.checkpoint.find(name) {
             Some(tensor) => tensor.dtype,
-            None if self.checkpoint.has_weights() => return Err(self.checkpoint.tensor(name).err().unwrap_or_else(|| unreachable!())),
+            None if self.checkpoint.has_weights() => {
+                return Err(self.checkpoint.tensor(name).err().unwrap_or_else(|| unreachable!()));
+            }
             None if config.quantization.is_some() && self.roles.get(name) == Some(&Role::Linear) => Dtype::F8E4m3,
             None => config.torch_dtype.unwrap_or(Dtype::Bf16),
         };
@@ -130,7 +132,11 @@ impl<'a> Packer<'a> {
             return Err(Error::Argument {
                 what: format!("max_binding_bytes of the target, for tensor `{}`,", weight.name),
                 found: self.limit.to_string(),
-                expected: format!("at least {} (one {} of it)", slice * granule, if granule > 1 { "head" } else { "slice" }),
+                expected: format!(
+                    "at least {} (one {} of it)",
+                    slice * granule,
+                    if granule > 1 { "head" } else { "slice" }
+                ),
             });
         }
         let mut first = 0;

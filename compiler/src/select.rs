@@ -4,8 +4,8 @@
 use moewe_plan::{PAGE_TOKENS, Precision, WeightFormat};
 use moewe_shaders::{Latent, Reduce, Variant};
 
-use crate::graph::{Mla, RouterRule};
 use crate::config::{Scoring, TopkMethod};
+use crate::graph::{Mla, RouterRule};
 use crate::profile::Profile;
 
 /// Batches of at most this many tokens are served by kernels that read the weights once for each token, and waste nothing
@@ -81,7 +81,14 @@ impl Selector<'_> {
     }
 
     /// Matrix product with what is fused into it.
-    pub fn linear(&self, stored: Stored, n: usize, k: usize, flags: &[(&'static str, bool)], eps: Option<f64>) -> Variant {
+    pub fn linear(
+        &self,
+        stored: Stored,
+        n: usize,
+        k: usize,
+        flags: &[(&'static str, bool)],
+        eps: Option<f64>,
+    ) -> Variant {
         let variant = self.matrix("linear", stored, k).int("N", n).int("K", k).int("TILE", self.tile);
         with_norm(flags.iter().fold(variant, |variant, (flag, on)| variant.flag(flag, *on)), eps)
     }

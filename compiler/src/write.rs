@@ -204,7 +204,9 @@ pub fn write_weights(
                 warnings.push(format!("tensor `{name}` holds {nan} NaN values; text made with it will be useless"));
             }
             if overflow > 0 {
-                warnings.push(format!("tensor `{name}` holds {overflow} values beyond the range of f16; they become infinite"));
+                warnings.push(format!(
+                    "tensor `{name}` holds {overflow} values beyond the range of f16; they become infinite"
+                ));
             }
             if serves && reference {
                 as_is.insert(name.clone(), (tensor.file, tensor.offset as u64, tensor.data.len() as u64));

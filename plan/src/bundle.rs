@@ -103,11 +103,8 @@ impl Bundle {
         let plan_path = dir.join(PLAN);
         let plan: Plan = serde_json::from_str(&plan_text).map_err(|error| damaged(&plan_path, error.to_string()))?;
         verify(&plan).map_err(|what| damaged(&plan_path, what))?;
-        let kernels = plan
-            .kernels
-            .iter()
-            .map(|kernel| read_verified(dir, &manifest, &kernel.file))
-            .collect::<Result<_, _>>()?;
+        let kernels =
+            plan.kernels.iter().map(|kernel| read_verified(dir, &manifest, &kernel.file)).collect::<Result<_, _>>()?;
         for (name, entry) in &manifest.files {
             // Weights are hashed when they are mapped; the rest (tokenizer, configuration) now.
             if name.ends_with(".safetensors") {
@@ -173,7 +170,8 @@ fn read_text(path: &Path) -> Result<String, Error> {
 }
 
 fn read_verified(dir: &Path, manifest: &Manifest, name: &str) -> Result<String, Error> {
-    let plain = is_plain_name(Path::new(name)) || name.strip_prefix("kernels/").is_some_and(|n| is_plain_name(Path::new(n)));
+    let plain =
+        is_plain_name(Path::new(name)) || name.strip_prefix("kernels/").is_some_and(|n| is_plain_name(Path::new(n)));
     let path = dir.join(if plain { name } else { MANIFEST });
     if !plain {
         return Err(damaged(&path, format!("it names {name:?}, outside the bundle")));

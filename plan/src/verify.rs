@@ -28,7 +28,8 @@ pub fn verify(plan: &Plan) -> Result<(), String> {
     for kernel in &plan.kernels {
         let at = || format!("kernel {}", kernel.name);
         let path = Path::new(&kernel.file);
-        let sound = path.parent() == Some(Path::new("kernels")) && path.components().all(|c| matches!(c, Component::Normal(_)));
+        let sound =
+            path.parent() == Some(Path::new("kernels")) && path.components().all(|c| matches!(c, Component::Normal(_)));
         ensure(sound, || format!("{}: file {:?} is not in kernels/", at(), kernel.file))?;
         let invocations = kernel.workgroup_size.iter().try_fold(1u32, |all, &size| all.checked_mul(size));
         ensure(invocations.is_some_and(|n| (1..=1024).contains(&n)), || {
@@ -77,7 +78,13 @@ fn verify_programs(plan: &Plan) -> Result<(), String> {
             let at = || format!("{}, step {}", at(), step.label);
             let kernel = plan.kernels.get(step.kernel as usize).ok_or_else(|| format!("{}: no such kernel", at()))?;
             ensure(kernel.bindings.len() == step.bindings.len(), || {
-                format!("{}: {} bindings, kernel {} has {}", at(), step.bindings.len(), kernel.name, kernel.bindings.len())
+                format!(
+                    "{}: {} bindings, kernel {} has {}",
+                    at(),
+                    step.bindings.len(),
+                    kernel.name,
+                    kernel.bindings.len()
+                )
             })?;
             for (binding, layout) in step.bindings.iter().zip(&kernel.bindings) {
                 let sound = match *binding {

@@ -6,7 +6,8 @@ use std::fmt::Write as _;
 use moewe_plan::{Access, BindingLayout};
 use naga::valid::{Capabilities, ValidationFlags, Validator};
 use wesl::syntax::{
-    Attribute, Expression, ExpressionNode, GlobalDeclaration, LiteralExpression, ModulePath, PathOrigin, TranslationUnit,
+    Attribute, Expression, ExpressionNode, GlobalDeclaration, LiteralExpression, ModulePath, PathOrigin,
+    TranslationUnit,
 };
 use wesl::{CompileOptions, Feature, Features, Mangler, VirtualResolver};
 

@@ -6,7 +6,8 @@ use std::fmt;
 use moewe_plan::WeightFormat;
 
 use crate::skeleton::{
-    LATENT_F16, LATENT_F32, REDUCE_NONE, REDUCE_SUBGROUP, REDUCE_WORKGROUP, WEIGHT_BF16, WEIGHT_F16, WEIGHT_F32, WEIGHT_FP8,
+    LATENT_F16, LATENT_F32, REDUCE_NONE, REDUCE_SUBGROUP, REDUCE_WORKGROUP, WEIGHT_BF16, WEIGHT_F16, WEIGHT_F32,
+    WEIGHT_FP8,
 };
 
 /// Value of a constant of the module `tune`.
@@ -166,8 +167,11 @@ impl Variant {
         parts.extend(self.latent.map(|latent| latent.name().to_owned()));
         parts.extend(self.reduce.map(|reduce| reduce.name().to_owned()));
         parts.extend(self.flags.iter().filter(|flag| **flag != "scaled").map(|&flag| flag.to_owned()));
-        let consts: Vec<String> =
-            self.consts.iter().map(|(name, value)| format!("{}{value}", name.to_lowercase().replace('_', "-"))).collect();
+        let consts: Vec<String> = self
+            .consts
+            .iter()
+            .map(|(name, value)| format!("{}{value}", name.to_lowercase().replace('_', "-")))
+            .collect();
         if !consts.is_empty() {
             parts.push(consts.join("_"));
         }

@@ -8,10 +8,30 @@ const FORMATS: [WeightFormat; 4] = [WeightFormat::F32, WeightFormat::Bf16, Weigh
 /// A variant of each skeleton with small odd shapes for all constants that any of them reads.
 fn with_shapes(kernel: &'static str) -> Variant {
     let ints = [
-        ("K", 12), ("N", 10), ("D", 12), ("V", 70), ("WG", 64), ("LANES", 4), ("TILE", 3), ("TOP_K", 2), ("E", 8),
-        ("N_GROUP", 4), ("TOPK_GROUP", 2), ("HEADS", 3), ("NOPE", 5), ("ROPE", 6), ("ROPE_PAIRS", 3), ("RANK", 9),
-        ("MAX_PAGES", 4), ("FIRST", 1), ("SCALE_ROWS", 1), ("SCALE_COLUMNS", 1), ("BLOCK_ROWS", 128), ("BLOCK_COLUMNS", 128),
-        ("MAX_ROWS", 64), ("STEPS", 32),
+        ("K", 12),
+        ("N", 10),
+        ("D", 12),
+        ("V", 70),
+        ("WG", 64),
+        ("LANES", 4),
+        ("TILE", 3),
+        ("TOP_K", 2),
+        ("E", 8),
+        ("N_GROUP", 4),
+        ("TOPK_GROUP", 2),
+        ("HEADS", 3),
+        ("NOPE", 5),
+        ("ROPE", 6),
+        ("ROPE_PAIRS", 3),
+        ("RANK", 9),
+        ("MAX_PAGES", 4),
+        ("FIRST", 1),
+        ("SCALE_ROWS", 1),
+        ("SCALE_COLUMNS", 1),
+        ("BLOCK_ROWS", 128),
+        ("BLOCK_COLUMNS", 128),
+        ("MAX_ROWS", 64),
+        ("STEPS", 32),
     ];
     let mut variant = Variant::new(kernel).float("EPS", 1e-6).float("SCALE", 2.5).float("SOFTMAX_SCALE", 0.1);
     for (name, value) in ints {
@@ -90,9 +110,14 @@ fn bindings_are_numbered_without_gaps() {
 
 #[test]
 fn snapshots() {
-    let linear = with_shapes("linear").weight(WeightFormat::Fp8).reduce(Reduce::Workgroup).flag("norm", true).flag("aligned", true);
+    let linear = with_shapes("linear")
+        .weight(WeightFormat::Fp8)
+        .reduce(Reduce::Workgroup)
+        .flag("norm", true)
+        .flag("aligned", true);
     insta::assert_snapshot!("linear_fp8_norm", link(&linear).unwrap().wgsl);
-    let router = with_shapes("router").flag("bias", true).flag("groups", true).flag("top2", true).flag("normalise", true);
+    let router =
+        with_shapes("router").flag("bias", true).flag("groups", true).flag("top2", true).flag("normalise", true);
     insta::assert_snapshot!("router_v3", link(&router).unwrap().wgsl);
     let attention = with_shapes("latent_attention").latent(Latent::F16);
     insta::assert_snapshot!("latent_attention_f16", link(&attention).unwrap().wgsl);

@@ -50,9 +50,7 @@ impl Config {
             mtp_modules: count(json, "num_nextn_predict_layers", Some(0))?,
             hidden: count(json, "hidden_size", None)?,
             vocab: count(json, "vocab_size", None)?,
-            q_lora_rank: number(json, "q_lora_rank")
-                .filter(|&n| n > 0.0)
-                .map(|n| n as usize),
+            q_lora_rank: number(json, "q_lora_rank").filter(|&n| n > 0.0).map(|n| n as usize),
             mla: MlaDims {
                 heads: count(json, "num_attention_heads", None)?,
                 nope: rope.nope_dim,
@@ -80,20 +78,13 @@ impl Config {
 
 /// RoPE parameters from `rope_parameters`, or `rope_scaling` and `rope_theta` (spec §§2, 4).
 pub fn rope_params(json: &Value) -> Result<RopeParams> {
-    let nested = if json["rope_parameters"].is_object() {
-        &json["rope_parameters"]
-    } else {
-        &json["rope_scaling"]
-    };
+    let nested = if json["rope_parameters"].is_object() { &json["rope_parameters"] } else { &json["rope_scaling"] };
     let theta = if json["rope_parameters"].is_object() {
         number(nested, "rope_theta").or_else(|| number(json, "rope_theta"))
     } else {
         number(json, "rope_theta").or_else(|| number(nested, "rope_theta"))
     };
-    let kind = nested["type"]
-        .as_str()
-        .or_else(|| nested["rope_type"].as_str())
-        .unwrap_or("default");
+    let kind = nested["type"].as_str().or_else(|| nested["rope_type"].as_str()).unwrap_or("default");
     let yarn = match kind {
         "yarn" => Some(Yarn {
             factor: number(nested, "factor").ok_or_else(|| missing("factor"))?,
@@ -107,9 +98,7 @@ pub fn rope_params(json: &Value) -> Result<RopeParams> {
         }),
         "default" => None,
         other => {
-            return Err(Error(format!(
-                "config.json: no reference for rope type {other:?}"
-            )));
+            return Err(Error(format!("config.json: no reference for rope type {other:?}")));
         }
     };
     Ok(RopeParams {
@@ -127,9 +116,7 @@ pub fn router_params(json: &Value) -> Result<RouterParams> {
         (Some("softmax"), _) | (None, Some("deepseek_v2")) => Scoring::Softmax,
         (Some("sigmoid"), _) | (None, Some("deepseek_v3" | "kimi_k2")) => Scoring::Sigmoid,
         other => {
-            return Err(Error(format!(
-                "config.json: unknown (scoring_func, model_type) {other:?}"
-            )));
+            return Err(Error(format!("config.json: unknown (scoring_func, model_type) {other:?}")));
         }
     };
     let method = match (json["topk_method"].as_str(), scoring) {
@@ -157,16 +144,11 @@ fn fp8_block(json: &Value) -> Result<[usize; 2]> {
         return Ok([128, 128]);
     }
     let side = |i: usize| block[i].as_u64().filter(|&n| n > 0).map(|n| n as usize);
-    side(0)
-        .zip(side(1))
-        .map(Into::into)
-        .ok_or_else(|| Error(format!("config.json: weight_block_size {block}")))
+    side(0).zip(side(1)).map(Into::into).ok_or_else(|| Error(format!("config.json: weight_block_size {block}")))
 }
 
 fn missing(key: &str) -> Error {
-    Error(format!(
-        "config.json: {key} is not there, or is not a number that makes sense"
-    ))
+    Error(format!("config.json: {key} is not there, or is not a number that makes sense"))
 }
 
 /// A number that may be absent or null.
@@ -181,10 +163,6 @@ fn flag(json: &Value, key: &str, default: bool) -> bool {
 
 /// A count, with the value to take if it is absent or null.
 fn count(json: &Value, key: &str, default: Option<usize>) -> Result<usize> {
-    let value = if json[key].is_null() {
-        default
-    } else {
-        json[key].as_u64().map(|n| n as usize)
-    };
+    let value = if json[key].is_null() { default } else { json[key].as_u64().map(|n| n as usize) };
     value.ok_or_else(|| missing(key))
 }

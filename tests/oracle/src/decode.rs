@@ -50,13 +50,7 @@ impl Model {
         let (rows, mut cache) = (verified.len() - 1, Cache::default());
         let (mut extended, mut carried) = (verified.to_vec(), hidden.to_vec());
         for j in 1..=self.config.mtp_modules {
-            let output = self.mtp(
-                j,
-                &carried,
-                &extended[j..j + rows],
-                &mut cache,
-                &mut Trace::new(),
-            );
+            let output = self.mtp(j, &carried, &extended[j..j + rows], &mut cache, &mut Trace::new());
             extended.push(self.last_argmax(&output.logits));
             carried = output.hidden;
         }

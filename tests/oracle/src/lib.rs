@@ -2,10 +2,7 @@
 //!
 //! It depends on nothing else of this workspace and never tries to be fast. A malformed checkpoint is an [`Error`];
 //! arguments whose shapes do not fit panic.
-#![allow(
-    clippy::missing_panics_doc,
-    reason = "shapes are documented, and a wrong one panics everywhere"
-)]
+#![allow(clippy::missing_panics_doc, reason = "shapes are documented, and a wrong one panics everywhere")]
 
 pub mod config;
 mod decode;

@@ -50,9 +50,7 @@ pub struct LayerCache {
 impl Cache {
     /// Rows of a layer, 0 if it has not run.
     pub fn rows(&self, layer: usize) -> usize {
-        self.layers
-            .get(&layer)
-            .map_or(0, |cache| cache.positions.len())
+        self.layers.get(&layer).map_or(0, |cache| cache.positions.len())
     }
 
     /// A layer's rows, if it has run.
@@ -88,11 +86,7 @@ impl Model {
         let dir = dir.as_ref();
         let config = Config::from_json(&crate::read_json(&dir.join("config.json"))?)?;
         let weights = Weights::load(dir, config.fp8_block)?;
-        Ok(Self {
-            config,
-            weights,
-            attention: Attention::Absorbed,
-        })
+        Ok(Self { config, weights, attention: Attention::Absorbed })
     }
 
     /// Runs the main model over new tokens `[T]`, which follow those in the cache.
@@ -114,39 +108,21 @@ impl Model {
         let hidden = self.norm(&x, "model.norm.weight", self.config.rms_norm_eps);
         let logits = ops::linear(&hidden, self.head(), None, d);
         trace.insert("final_norm".into(), Tensor::rows(hidden.clone(), d));
-        trace.insert(
-            "logits".into(),
-            Tensor::rows(logits.clone(), self.config.vocab),
-        );
+        trace.insert("logits".into(), Tensor::rows(logits.clone(), self.config.vocab));
         Output { logits, hidden }
     }
 
     /// Runs MTP module `j` (1-based) over new rows `[T]`: `hidden` [T, D] is h^{j−1} of row i and `tokens` `[T]` is t_{i+j}
     /// (spec §7). The rows follow those in the module's cache; row i is at position i + j.
-    pub fn mtp(
-        &self,
-        j: usize,
-        hidden: &[f64],
-        tokens: &[u32],
-        cache: &mut Cache,
-        trace: &mut Trace,
-    ) -> Output {
-        let (l, d, eps) = (
-            self.config.layers + j - 1,
-            self.config.hidden,
-            self.config.rms_norm_eps,
-        );
+    pub fn mtp(&self, j: usize, hidden: &[f64], tokens: &[u32], cache: &mut Cache, trace: &mut Trace) -> Output {
+        let (l, d, eps) = (self.config.layers + j - 1, self.config.hidden, self.config.rms_norm_eps);
         let layer = |name: &str| format!("model.layers.{l}.{name}");
         // The module's own copies of the embedding and the head are optional.
         let own = |name: &str| self.weights.get(&layer(name)).map(|w| w.data.as_slice());
-        let table =
-            own("embed_tokens.weight").unwrap_or_else(|| self.tensor("model.embed_tokens.weight"));
+        let table = own("embed_tokens.weight").unwrap_or_else(|| self.tensor("model.embed_tokens.weight"));
         let embedded = self.norm(&ops::embed(table, d, tokens), &layer("enorm.weight"), eps);
         let carried = self.norm(hidden, &layer("hnorm.weight"), eps);
-        let x = self.linear(
-            &ops::concat_rows(&embedded, d, &carried, d),
-            &layer("eh_proj"),
-        );
+        let x = self.linear(&ops::concat_rows(&embedded, d, &carried, d), &layer("eh_proj"));
         let first = j + cache.rows(l);
         let positions: Vec<usize> = (first..first + tokens.len()).collect();
         // The layer is MoE whatever `first_k_dense_replace` and `moe_layer_freq` say, so the checkpoint decides.
@@ -157,10 +133,7 @@ impl Model {
         let logits = ops::linear(&hidden, head, None, d);
         trace.insert(format!("mtp.{j}.input_ids"), token_tensor(tokens));
         trace.insert(format!("mtp.{j}.hidden"), Tensor::rows(hidden.clone(), d));
-        trace.insert(
-            format!("mtp.{j}.logits"),
-            Tensor::rows(logits.clone(), self.config.vocab),
-        );
+        trace.insert(format!("mtp.{j}.logits"), Tensor::rows(logits.clone(), self.config.vocab));
         Output { logits, hidden }
     }
 
@@ -202,37 +175,18 @@ impl Model {
         let eps = self.config.rms_norm_eps;
         let normed = self.norm(x, &format!("model.layers.{l}.input_layernorm.weight"), eps);
         let a = ops::add(x, &self.attention(&normed, l, positions, cache, trace));
-        let normed = self.norm(
-            &a,
-            &format!("model.layers.{l}.post_attention_layernorm.weight"),
-            eps,
-        );
+        let normed = self.norm(&a, &format!("model.layers.{l}.post_attention_layernorm.weight"), eps);
         let mlp = format!("model.layers.{l}.mlp");
-        let ffn = if moe {
-            self.experts(&normed, l, trace)
-        } else {
-            self.mlp(&normed, &mlp)
-        };
+        let ffn = if moe { self.experts(&normed, l, trace) } else { self.mlp(&normed, &mlp) };
         ops::add(&a, &ffn)
     }
 
     /// MLA (spec §5) of normalised x [T, D] at `positions` `[T]`, after appending its latents to the cache → [T, D].
-    fn attention(
-        &self,
-        x: &[f64],
-        l: usize,
-        positions: &[usize],
-        cache: &mut Cache,
-        trace: &mut Trace,
-    ) -> Vec<f64> {
+    fn attention(&self, x: &[f64], l: usize, positions: &[usize], cache: &mut Cache, trace: &mut Trace) -> Vec<f64> {
         let dims = &self.config.mla;
         let name = |n: &str| format!("model.layers.{l}.self_attn.{n}");
         let mut q = if self.config.q_lora_rank.is_some() {
-            let low = self.norm(
-                &self.linear(x, &name("q_a_proj")),
-                &name("q_a_layernorm.weight"),
-                LATENT_EPS,
-            );
+            let low = self.norm(&self.linear(x, &name("q_a_proj")), &name("q_a_layernorm.weight"), LATENT_EPS);
             self.linear(&low, &name("q_b_proj"))
         } else {
             self.linear(x, &name("q_proj"))
@@ -245,12 +199,7 @@ impl Model {
         for (t, &position) in positions.iter().enumerate() {
             let (cos, sin) = self.config.rope.cos_sin(position);
             let interleave = self.config.rope.interleave;
-            ops::rotate(
-                &mut k_rope[t * dims.rope..][..dims.rope],
-                &cos,
-                &sin,
-                interleave,
-            );
+            ops::rotate(&mut k_rope[t * dims.rope..][..dims.rope], &cos, &sin, interleave);
             for h in 0..dims.heads {
                 let q = &mut q[(t * dims.heads + h) * head..][..head];
                 ops::rotate(&mut q[dims.nope..], &cos, &sin, interleave);
@@ -264,11 +213,7 @@ impl Model {
         trace.insert(format!("mla.{l}.c_kv"), Tensor::rows(c, dims.latent));
         trace.insert(format!("mla.{l}.k_rope"), Tensor::rows(k_rope, dims.rope));
 
-        let rows = LatentRows {
-            c: &layer.c,
-            k_rope: &layer.k_rope,
-            positions: &layer.positions,
-        };
+        let rows = LatentRows { c: &layer.c, k_rope: &layer.k_rope, positions: &layer.positions };
         let kv_b = self.tensor(&name("kv_b_proj.weight"));
         let attend = match self.attention {
             Attention::Naive => ops::mla_naive,
@@ -280,21 +225,11 @@ impl Model {
     /// Routed and shared experts (spec §6): x [T, D] → [T, D].
     fn experts(&self, x: &[f64], l: usize, trace: &mut Trace) -> Vec<f64> {
         let (d, name) = (self.config.hidden, format!("model.layers.{l}.mlp"));
-        let params = self
-            .config
-            .router
-            .as_ref()
-            .expect("an MoE layer without n_routed_experts");
+        let params = self.config.router.as_ref().expect("an MoE layer without n_routed_experts");
         let logits = self.linear(x, &format!("{name}.gate"));
-        let bias = self
-            .weights
-            .get(&format!("{name}.gate.e_score_correction_bias"))
-            .map(|w| w.data.as_slice());
+        let bias = self.weights.get(&format!("{name}.gate.e_score_correction_bias")).map(|w| w.data.as_slice());
         let experts = logits.len() * d / x.len();
-        let routes: Vec<_> = logits
-            .chunks_exact(experts)
-            .map(|g| router::route(g, bias, params).ascending())
-            .collect();
+        let routes: Vec<_> = logits.chunks_exact(experts).map(|g| router::route(g, bias, params).ascending()).collect();
 
         let mut y = match self.config.shared_experts {
             0 => vec![0.0; x.len()],
@@ -308,44 +243,23 @@ impl Model {
         }
 
         let ids = routes.iter().flat_map(|r| r.ids.iter().copied());
-        trace.insert(
-            format!("moe.{l}.ids"),
-            Tensor::ids(ids, vec![routes.len(), params.top_k]),
-        );
-        let weights = routes
-            .iter()
-            .flat_map(|r| r.weights.iter().copied())
-            .collect();
-        trace.insert(
-            format!("moe.{l}.weights"),
-            Tensor::rows(weights, params.top_k),
-        );
-        trace.insert(
-            format!("moe.{l}.router_logits"),
-            Tensor::rows(logits, experts),
-        );
+        trace.insert(format!("moe.{l}.ids"), Tensor::ids(ids, vec![routes.len(), params.top_k]));
+        let weights = routes.iter().flat_map(|r| r.weights.iter().copied()).collect();
+        trace.insert(format!("moe.{l}.weights"), Tensor::rows(weights, params.top_k));
+        trace.insert(format!("moe.{l}.router_logits"), Tensor::rows(logits, experts));
         y
     }
 
     /// The MLP under `prefix` (spec §3): x [T, D] → [T, D].
     fn mlp(&self, x: &[f64], prefix: &str) -> Vec<f64> {
         let weight = |n: &str| self.tensor(&format!("{prefix}.{n}_proj.weight"));
-        ops::mlp(
-            x,
-            weight("gate"),
-            weight("up"),
-            weight("down"),
-            self.config.hidden,
-        )
+        ops::mlp(x, weight("gate"), weight("up"), weight("down"), self.config.hidden)
     }
 
     /// `name.weight`, and `name.bias` if there is one, applied to x [T, in] → [T, out].
     fn linear(&self, x: &[f64], name: &str) -> Vec<f64> {
         let weight = self.weights.need(&format!("{name}.weight"));
-        let bias = self
-            .weights
-            .get(&format!("{name}.bias"))
-            .map(|w| w.data.as_slice());
+        let bias = self.weights.get(&format!("{name}.bias")).map(|w| w.data.as_slice());
         ops::linear(x, &weight.data, bias, weight.shape[1])
     }
 
@@ -360,11 +274,7 @@ impl Model {
 
     /// The main head [V, D].
     fn head(&self) -> &[f64] {
-        self.tensor(if self.config.tied {
-            "model.embed_tokens.weight"
-        } else {
-            "lm_head.weight"
-        })
+        self.tensor(if self.config.tied { "model.embed_tokens.weight" } else { "lm_head.weight" })
     }
 }
 

@@ -11,14 +11,8 @@ struct Minifloat {
     mantissa_bits: u32,
 }
 
-const F16: Minifloat = Minifloat {
-    min_exponent: -14,
-    mantissa_bits: 10,
-};
-const E4M3: Minifloat = Minifloat {
-    min_exponent: -6,
-    mantissa_bits: 3,
-};
+const F16: Minifloat = Minifloat { min_exponent: -14, mantissa_bits: 10 };
+const E4M3: Minifloat = Minifloat { min_exponent: -6, mantissa_bits: 3 };
 
 /// Largest finite e4m3fn value, code 0x7E (spec §8).
 pub const E4M3_MAX: f32 = 448.0;
@@ -29,13 +23,8 @@ impl Minifloat {
         let exponent = (code >> self.mantissa_bits) as i32;
         let fraction = code & ((1 << self.mantissa_bits) - 1);
         // Exponent field 0 is subnormal: no implicit leading one, same quantum as field 1.
-        let implicit = if exponent == 0 {
-            0
-        } else {
-            1 << self.mantissa_bits
-        };
-        let quantum =
-            2f64.powi(exponent.max(1) - 1 + self.min_exponent - self.mantissa_bits as i32);
+        let implicit = if exponent == 0 { 0 } else { 1 << self.mantissa_bits };
+        let quantum = 2f64.powi(exponent.max(1) - 1 + self.min_exponent - self.mantissa_bits as i32);
         (f64::from(implicit + fraction) * quantum) as f32
     }
 
@@ -93,22 +82,14 @@ pub fn f32_to_f16(x: f32) -> u16 {
 /// e4m3fn code to f32, exact: bias 7, subnormals m·2⁻⁹, NaN only at 0x7F and 0xFF, no infinities (spec §8).
 pub fn e4m3_to_f32(code: u8) -> f32 {
     let magnitude = u32::from(code & 0x7F);
-    let value = if magnitude == 0x7F {
-        f32::NAN
-    } else {
-        E4M3.decode(magnitude)
-    };
+    let value = if magnitude == 0x7F { f32::NAN } else { E4M3.decode(magnitude) };
     if code >> 7 == 1 { -value } else { value }
 }
 
 /// f32 to the nearest e4m3fn code, ties to even, saturating at ±448; NaN becomes 0x7F or 0xFF (spec §8).
 pub fn f32_to_e4m3(x: f32) -> u8 {
     let sign = ((x.to_bits() >> 31) as u8) << 7;
-    let magnitude = if x.is_nan() {
-        0x7F
-    } else {
-        E4M3.encode(x.abs().min(E4M3_MAX)) as u8
-    };
+    let magnitude = if x.is_nan() { 0x7F } else { E4M3.encode(x.abs().min(E4M3_MAX)) as u8 };
     sign | magnitude
 }
 
@@ -116,27 +97,15 @@ pub fn f32_to_e4m3(x: f32) -> u8 {
 /// the product rounded to f32.
 ///
 /// `codes` is `shape` = [rows, cols]; `scale_inv` is [⌈rows/block 0⌉, ⌈cols/block 1⌉], partial tail blocks included.
-pub fn block_dequant(
-    codes: &[u8],
-    shape: [usize; 2],
-    scale_inv: &[f32],
-    block: [usize; 2],
-) -> Vec<f32> {
+pub fn block_dequant(codes: &[u8], shape: [usize; 2], scale_inv: &[f32], block: [usize; 2]) -> Vec<f32> {
     let [rows, cols] = shape;
     let scale_cols = cols.div_ceil(block[1]);
     assert_eq!(codes.len(), rows * cols, "codes do not fill {shape:?}");
-    assert_eq!(
-        scale_inv.len(),
-        rows.div_ceil(block[0]) * scale_cols,
-        "scales do not cover {shape:?} in {block:?}"
-    );
+    assert_eq!(scale_inv.len(), rows.div_ceil(block[0]) * scale_cols, "scales do not cover {shape:?} in {block:?}");
     let mut out = Vec::with_capacity(codes.len());
     for i in 0..rows {
         for j in 0..cols {
-            out.push(
-                e4m3_to_f32(codes[i * cols + j])
-                    * scale_inv[i / block[0] * scale_cols + j / block[1]],
-            );
+            out.push(e4m3_to_f32(codes[i * cols + j]) * scale_inv[i / block[0] * scale_cols + j / block[1]]);
         }
     }
     out
@@ -159,43 +128,24 @@ impl QuantisedActivations {
     /// The values the codes stand for, [T, K]. The product is not rounded to f32.
     pub fn dequantise(&self) -> Vec<f64> {
         let row_scales = self.channels.div_ceil(self.block);
-        let scale =
-            |i: usize| self.scales[i / self.channels * row_scales + i % self.channels / self.block];
-        self.codes
-            .iter()
-            .enumerate()
-            .map(|(i, &q)| f64::from(e4m3_to_f32(q)) * f64::from(scale(i)))
-            .collect()
+        let scale = |i: usize| self.scales[i / self.channels * row_scales + i % self.channels / self.block];
+        self.codes.iter().enumerate().map(|(i, &q)| f64::from(e4m3_to_f32(q)) * f64::from(scale(i))).collect()
     }
 }
 
 /// Dynamic activation quantisation (spec §8) of `x` [T, K] with K = `channels`: a = max(max|x|, 1e-4), s = a/448,
 /// q = e4m3(x/s), all in f32. With `ue8m0` the scale is rounded up to a power of two.
-pub fn quantise_activations(
-    x: &[f32],
-    channels: usize,
-    block: usize,
-    ue8m0: bool,
-) -> QuantisedActivations {
+pub fn quantise_activations(x: &[f32], channels: usize, block: usize, ue8m0: bool) -> QuantisedActivations {
     assert_eq!(x.len() % channels, 0, "x is not whole rows of {channels}");
     let (mut codes, mut scales) = (Vec::with_capacity(x.len()), Vec::new());
     for part in x.chunks_exact(channels).flat_map(|row| row.chunks(block)) {
         let largest = part.iter().fold(1e-4f32, |a, v| a.max(v.abs()));
         let scale = largest / E4M3_MAX;
-        let scale = if ue8m0 {
-            next_power_of_two(scale)
-        } else {
-            scale
-        };
+        let scale = if ue8m0 { next_power_of_two(scale) } else { scale };
         codes.extend(part.iter().map(|v| f32_to_e4m3(v / scale)));
         scales.push(scale);
     }
-    QuantisedActivations {
-        codes,
-        scales,
-        channels,
-        block,
-    }
+    QuantisedActivations { codes, scales, channels, block }
 }
 
 /// Smallest power of two that is at least `x`, for positive normal `x`.

@@ -37,11 +37,7 @@ pub struct RopeParams {
 impl Yarn {
     /// m(s) of spec §4.
     fn magnitude(&self, s: f64) -> f64 {
-        if self.factor <= 1.0 {
-            1.0
-        } else {
-            0.1 * s * self.factor.ln() + 1.0
-        }
+        if self.factor <= 1.0 { 1.0 } else { 0.1 * s * self.factor.ln() + 1.0 }
     }
 }
 
@@ -72,17 +68,12 @@ impl RopeParams {
     fn ramp_bounds(&self, yarn: &Yarn) -> (f64, f64) {
         let d = self.dim as f64;
         let corr = |rotations: f64| {
-            let turns =
-                yarn.original_max_position_embeddings / (2.0 * std::f64::consts::PI * rotations);
+            let turns = yarn.original_max_position_embeddings / (2.0 * std::f64::consts::PI * rotations);
             d * turns.ln() / (2.0 * self.theta.ln())
         };
         let lo = corr(yarn.beta_fast).floor().max(0.0);
         let hi = corr(yarn.beta_slow).ceil().min(d - 1.0);
-        if hi - lo == 0.0 {
-            (lo, hi + 0.001)
-        } else {
-            (lo, hi)
-        }
+        if hi - lo == 0.0 { (lo, hi + 0.001) } else { (lo, hi) }
     }
 
     /// c, the factor on cos and sin.
@@ -98,10 +89,7 @@ impl RopeParams {
     /// The factor on attention scores: (dn+dr)^(−1/2), times m(mscale_all_dim)² under YaRN.
     pub fn softmax_scale(&self) -> f64 {
         let plain = ((self.nope_dim + self.dim) as f64).powf(-0.5);
-        let yarn = self
-            .yarn
-            .as_ref()
-            .and_then(|y| nonzero(y.mscale_all_dim).map(|m| y.magnitude(m)));
+        let yarn = self.yarn.as_ref().and_then(|y| nonzero(y.mscale_all_dim).map(|m| y.magnitude(m)));
         plain * yarn.unwrap_or(1.0).powi(2)
     }
 

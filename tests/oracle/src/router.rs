@@ -63,12 +63,7 @@ impl Route {
     /// The same route in ascending order of expert id, as goldens keep it (spec §10).
     #[must_use]
     pub fn ascending(&self) -> Self {
-        let mut pairs: Vec<_> = self
-            .ids
-            .iter()
-            .copied()
-            .zip(self.weights.iter().copied())
-            .collect();
+        let mut pairs: Vec<_> = self.ids.iter().copied().zip(self.weights.iter().copied()).collect();
         pairs.sort_by_key(|&(id, _)| id);
         let (ids, weights) = pairs.into_iter().unzip();
         Self { ids, weights }
@@ -91,43 +86,21 @@ pub fn selection_scores(scores: &[f64], bias: Option<&[f64]>) -> Vec<f64> {
 /// Score of each group `[groups]` from u `[E]`, the groups being E/groups consecutive experts: the maximum under softmax,
 /// the sum of the two largest under sigmoid.
 pub fn group_scores(selection: &[f64], groups: usize, scoring: Scoring) -> Vec<f64> {
-    assert_eq!(
-        selection.len() % groups,
-        0,
-        "{} experts do not make {groups} groups",
-        selection.len()
-    );
+    assert_eq!(selection.len() % groups, 0, "{} experts do not make {groups} groups", selection.len());
     let counted = match scoring {
         Scoring::Softmax => 1,
         Scoring::Sigmoid => 2,
     };
-    let score = |group: &[f64]| {
-        top_k(group, counted.min(group.len()))
-            .into_iter()
-            .map(|e| group[e])
-            .sum()
-    };
-    selection
-        .chunks_exact(selection.len() / groups)
-        .map(score)
-        .collect()
+    let score = |group: &[f64]| top_k(group, counted.min(group.len())).into_iter().map(|e| group[e]).sum();
+    selection.chunks_exact(selection.len() / groups).map(score).collect()
 }
 
 /// u `[E]` with −∞ (not 0) for the experts of all but the `topk_group` best groups.
-pub fn limit_groups(
-    selection: &[f64],
-    groups: usize,
-    topk_group: usize,
-    scoring: Scoring,
-) -> Vec<f64> {
+pub fn limit_groups(selection: &[f64], groups: usize, topk_group: usize, scoring: Scoring) -> Vec<f64> {
     let kept = top_k(&group_scores(selection, groups, scoring), topk_group);
     let size = selection.len() / groups;
     let limit = |(e, &u): (usize, &f64)| {
-        if kept.contains(&(e / size)) {
-            u
-        } else {
-            f64::NEG_INFINITY
-        }
+        if kept.contains(&(e / size)) { u } else { f64::NEG_INFINITY }
     };
     selection.iter().enumerate().map(limit).collect()
 }
@@ -137,11 +110,7 @@ pub fn top_k(values: &[f64], k: usize) -> Vec<usize> {
     assert!(k <= values.len(), "top-{k} of {} values", values.len());
     let mut order: Vec<usize> = (0..values.len()).collect();
     // The sort is stable, so equal values stay in index order.
-    order.sort_by(|&a, &b| {
-        values[b]
-            .partial_cmp(&values[a])
-            .expect("a router score is NaN")
-    });
+    order.sort_by(|&a, &b| values[b].partial_cmp(&values[a]).expect("a router score is NaN"));
     order.truncate(k);
     order
 }
@@ -152,9 +121,7 @@ pub fn weights(scores: &[f64], ids: &[usize], params: &RouterParams) -> Vec<f64>
     let sum: f64 = ids.iter().map(|&e| scores[e]).sum();
     let normalise = params.norm_topk_prob && params.scoring == Scoring::Sigmoid;
     let divisor = if normalise { sum + 1e-20 } else { 1.0 };
-    ids.iter()
-        .map(|&e| scores[e] / divisor * params.scale)
-        .collect()
+    ids.iter().map(|&e| scores[e] / divisor * params.scale).collect()
 }
 
 /// The whole router for one token: logits `[E]`, `e_score_correction_bias` `[E]` or nothing.

@@ -73,9 +73,7 @@ impl RawTensor {
             Dtype::F64 => elements(b, f64::from_le_bytes),
             Dtype::F32 => elements(b, |e| f64::from(f32::from_le_bytes(e))),
             Dtype::F16 => elements(b, |e| f64::from(numeric::f16_to_f32(u16::from_le_bytes(e)))),
-            Dtype::Bf16 => elements(b, |e| {
-                f64::from(numeric::bf16_to_f32(u16::from_le_bytes(e)))
-            }),
+            Dtype::Bf16 => elements(b, |e| f64::from(numeric::bf16_to_f32(u16::from_le_bytes(e)))),
             Dtype::F8E4m3 => elements(b, |[e]| f64::from(numeric::e4m3_to_f32(e))),
             Dtype::I64 => elements(b, |e| i64::from_le_bytes(e) as f64),
             Dtype::I32 => elements(b, |e| f64::from(i32::from_le_bytes(e))),
@@ -86,31 +84,17 @@ impl RawTensor {
     /// The same as a [`Tensor`], integers as ids.
     pub fn to_tensor(&self) -> Tensor {
         match self.dtype {
-            Dtype::I64 => Tensor::ids(
-                elements(&self.bytes, i64::from_le_bytes),
-                self.shape.clone(),
-            ),
-            Dtype::I32 => Tensor::ids(
-                elements(&self.bytes, i32::from_le_bytes),
-                self.shape.clone(),
-            ),
+            Dtype::I64 => Tensor::ids(elements(&self.bytes, i64::from_le_bytes), self.shape.clone()),
+            Dtype::I32 => Tensor::ids(elements(&self.bytes, i32::from_le_bytes), self.shape.clone()),
             Dtype::U8 => Tensor::ids(self.bytes.iter().copied(), self.shape.clone()),
-            _ => Tensor {
-                shape: self.shape.clone(),
-                data: Data::F64(self.to_f64()),
-            },
+            _ => Tensor { shape: self.shape.clone(), data: Data::F64(self.to_f64()) },
         }
     }
 }
 
 /// Decodes every N bytes.
 fn elements<const N: usize, T>(bytes: &[u8], decode: impl Fn([u8; N]) -> T) -> Vec<T> {
-    bytes
-        .as_chunks::<N>()
-        .0
-        .iter()
-        .map(|&chunk| decode(chunk))
-        .collect()
+    bytes.as_chunks::<N>().0.iter().map(|&chunk| decode(chunk)).collect()
 }
 
 /// Reads every tensor of a safetensors file.
@@ -122,23 +106,13 @@ pub fn read(path: &Path) -> Result<BTreeMap<String, RawTensor>> {
 /// Reads every tensor from the bytes of a safetensors file: u64 header length, JSON header, data.
 pub fn parse(file: &[u8]) -> Result<BTreeMap<String, RawTensor>> {
     let malformed = |what: &str| Error(format!("malformed safetensors: {what}"));
-    let (length, rest) = file
-        .split_first_chunk()
-        .ok_or_else(|| malformed("no header length"))?;
-    let length =
-        usize::try_from(u64::from_le_bytes(*length)).map_err(|_| malformed("header length"))?;
-    let (header, data) = rest
-        .split_at_checked(length)
-        .ok_or_else(|| malformed("header beyond the end"))?;
-    let header: Map<String, Value> =
-        serde_json::from_slice(header).map_err(|e| malformed(&e.to_string()))?;
+    let (length, rest) = file.split_first_chunk().ok_or_else(|| malformed("no header length"))?;
+    let length = usize::try_from(u64::from_le_bytes(*length)).map_err(|_| malformed("header length"))?;
+    let (header, data) = rest.split_at_checked(length).ok_or_else(|| malformed("header beyond the end"))?;
+    let header: Map<String, Value> = serde_json::from_slice(header).map_err(|e| malformed(&e.to_string()))?;
     let mut tensors = BTreeMap::new();
-    for (name, entry) in header
-        .into_iter()
-        .filter(|(name, _)| name != "__metadata__")
-    {
-        let tensor = parse_entry(&entry, data)
-            .ok_or_else(|| malformed(&format!("entry of {name}: {entry}")))?;
+    for (name, entry) in header.into_iter().filter(|(name, _)| name != "__metadata__") {
+        let tensor = parse_entry(&entry, data).ok_or_else(|| malformed(&format!("entry of {name}: {entry}")))?;
         tensors.insert(name, tensor);
     }
     Ok(tensors)
@@ -148,32 +122,19 @@ pub fn parse(file: &[u8]) -> Result<BTreeMap<String, RawTensor>> {
 fn parse_entry(entry: &Value, data: &[u8]) -> Option<RawTensor> {
     let dtype = Dtype::parse(entry["dtype"].as_str()?)?;
     let numbers = |key: &str| -> Option<Vec<usize>> {
-        entry[key]
-            .as_array()?
-            .iter()
-            .map(|v| usize::try_from(v.as_u64()?).ok())
-            .collect()
+        entry[key].as_array()?.iter().map(|v| usize::try_from(v.as_u64()?).ok()).collect()
     };
     let (shape, offsets) = (numbers("shape")?, numbers("data_offsets")?);
     let &[begin, end] = offsets.as_slice() else {
         return None;
     };
     let bytes = data.get(begin..end)?.to_vec();
-    let expected = shape
-        .iter()
-        .try_fold(dtype.size(), |n, &d| n.checked_mul(d))?;
-    (bytes.len() == expected).then_some(RawTensor {
-        dtype,
-        shape,
-        bytes,
-    })
+    let expected = shape.iter().try_fold(dtype.size(), |n, &d| n.checked_mul(d))?;
+    (bytes.len() == expected).then_some(RawTensor { dtype, shape, bytes })
 }
 
 /// Writes tensors in the given order, real numbers as F32 and ids as I32.
-pub fn write<'a>(
-    path: &Path,
-    tensors: impl IntoIterator<Item = (&'a str, &'a Tensor)>,
-) -> Result<()> {
+pub fn write<'a>(path: &Path, tensors: impl IntoIterator<Item = (&'a str, &'a Tensor)>) -> Result<()> {
     std::fs::write(path, serialize(tensors)).map_err(|e| Error(format!("{}: {e}", path.display())))
 }
 
@@ -192,8 +153,7 @@ pub fn serialize<'a>(tensors: impl IntoIterator<Item = (&'a str, &'a Tensor)>) -
                 "I32"
             }
         };
-        let entry =
-            json!({"dtype": dtype, "shape": tensor.shape, "data_offsets": [begin, data.len()]});
+        let entry = json!({"dtype": dtype, "shape": tensor.shape, "data_offsets": [begin, data.len()]});
         header.insert(name.to_owned(), entry);
     }
     let mut header = Value::Object(header).to_string().into_bytes();
@@ -207,10 +167,7 @@ mod tests {
 
     #[test]
     fn what_is_written_can_be_read() {
-        let real = Tensor {
-            shape: vec![2, 1],
-            data: Data::F64(vec![0.5, -3.25]),
-        };
+        let real = Tensor { shape: vec![2, 1], data: Data::F64(vec![0.5, -3.25]) };
         let ids = Tensor::ids([7, -1, 3], vec![3]);
         let file = serialize([("real", &real), ("ids", &ids)]);
         let read = parse(&file).expect("own output");
@@ -226,18 +183,9 @@ mod tests {
         assert!(parse(&good[..good.len() - 1]).is_err(), "data cut off");
         assert!(parse(&good[..7]).is_err(), "length cut off");
         let text = String::from_utf8(good[8..good.len() - 8].to_vec()).expect("JSON");
-        for lie in [
-            text.replace("[2]", "[3]"),
-            text.replace("I32", "I31"),
-            text.replace("[0,8]", "[8,0]"),
-        ] {
+        for lie in [text.replace("[2]", "[3]"), text.replace("I32", "I31"), text.replace("[0,8]", "[8,0]")] {
             assert_ne!(lie, text);
-            let file = [
-                &(lie.len() as u64).to_le_bytes()[..],
-                lie.as_bytes(),
-                &[0; 8],
-            ]
-            .concat();
+            let file = [&(lie.len() as u64).to_le_bytes()[..], lie.as_bytes(), &[0; 8]].concat();
             assert!(parse(&file).is_err(), "{lie}");
         }
     }

@@ -22,13 +22,7 @@ pub struct SamplingParams {
 
 impl Default for SamplingParams {
     fn default() -> Self {
-        Self {
-            temperature: 1.0,
-            top_k: 0,
-            top_p: 1.0,
-            min_p: 0.0,
-            repetition_penalty: 1.0,
-        }
+        Self { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, repetition_penalty: 1.0 }
     }
 }
 
@@ -75,12 +69,7 @@ pub fn candidates(logits: &[f64], seen: &[usize], params: &SamplingParams) -> Ve
     let mut first = true;
     kept.retain(|c| std::mem::take(&mut first) || c.probability >= threshold);
     let sum: f64 = kept.iter().map(|c| c.probability).sum();
-    kept.iter()
-        .map(|c| Candidate {
-            probability: c.probability / sum,
-            ..*c
-        })
-        .collect()
+    kept.iter().map(|c| Candidate { probability: c.probability / sum, ..*c }).collect()
 }
 
 /// Size of the smallest leading set whose probability reaches `top_p`, at least 1.
@@ -93,10 +82,7 @@ fn nucleus(sorted: &[Candidate], top_p: f64) -> usize {
         sum += c.probability;
         sum >= top_p
     };
-    sorted
-        .iter()
-        .position(reaches)
-        .map_or(sorted.len(), |i| i + 1)
+    sorted.iter().position(reaches).map_or(sorted.len(), |i| i + 1)
 }
 
 /// The same as a distribution over the vocabulary, `[V]`, zero where a token may not be drawn.
@@ -116,9 +102,7 @@ mod tests {
     fn percents(weights: &[f64], seen: &[usize], params: &SamplingParams) -> Vec<(usize, u32)> {
         let logits: Vec<f64> = weights.iter().map(|w| w.ln()).collect();
         let kept = candidates(&logits, seen, params);
-        kept.iter()
-            .map(|c| (c.token, (c.probability * 100.0).round() as u32))
-            .collect()
+        kept.iter().map(|c| (c.token, (c.probability * 100.0).round() as u32)).collect()
     }
 
     #[test]
@@ -129,67 +113,35 @@ mod tests {
 
     #[test]
     fn greedy_takes_the_lowest_of_equals() {
-        let params = SamplingParams {
-            temperature: 0.0,
-            ..SamplingParams::default()
-        };
+        let params = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
         assert_eq!(percents(&[0.2, 0.4, 0.4], &[], &params), [(1, 100)]);
     }
 
     #[test]
     fn top_k_keeps_the_lowest_ids_at_the_threshold() {
-        let params = SamplingParams {
-            top_k: 2,
-            ..SamplingParams::default()
-        };
-        assert_eq!(
-            percents(&[0.2, 0.2, 0.4, 0.2], &[], &params),
-            [(2, 67), (0, 33)]
-        );
+        let params = SamplingParams { top_k: 2, ..SamplingParams::default() };
+        assert_eq!(percents(&[0.2, 0.2, 0.4, 0.2], &[], &params), [(2, 67), (0, 33)]);
     }
 
     #[test]
     fn top_p_works_on_what_top_k_left() {
         // After top-k: 4/7, 2/7, 1/7; the first alone misses 0.8, two reach it; without top-k three would be needed.
-        let params = SamplingParams {
-            top_k: 3,
-            top_p: 0.8,
-            ..SamplingParams::default()
-        };
-        assert_eq!(
-            percents(&[0.4, 0.2, 0.1, 0.1, 0.1, 0.1], &[], &params),
-            [(0, 67), (1, 33)]
-        );
-        let params = SamplingParams {
-            top_p: 0.0,
-            ..SamplingParams::default()
-        };
+        let params = SamplingParams { top_k: 3, top_p: 0.8, ..SamplingParams::default() };
+        assert_eq!(percents(&[0.4, 0.2, 0.1, 0.1, 0.1, 0.1], &[], &params), [(0, 67), (1, 33)]);
+        let params = SamplingParams { top_p: 0.0, ..SamplingParams::default() };
         assert_eq!(percents(&[0.4, 0.6], &[], &params), [(1, 100)]);
     }
 
     #[test]
     fn min_p_is_relative_to_the_greatest() {
-        let params = SamplingParams {
-            min_p: 0.4,
-            ..SamplingParams::default()
-        };
-        assert_eq!(
-            percents(&[0.48, 0.32, 0.19, 0.01], &[], &params),
-            [(0, 60), (1, 40)]
-        );
+        let params = SamplingParams { min_p: 0.4, ..SamplingParams::default() };
+        assert_eq!(percents(&[0.48, 0.32, 0.19, 0.01], &[], &params), [(0, 60), (1, 40)]);
     }
 
     #[test]
     fn penalty_moves_both_signs_down_and_comes_before_temperature() {
-        assert_eq!(
-            penalise(&[2.0, -2.0, 1.0], &[0, 1, 1], 2.0),
-            [1.0, -4.0, 1.0]
-        );
-        let params = SamplingParams {
-            repetition_penalty: 2.0,
-            temperature: 0.5,
-            ..SamplingParams::default()
-        };
+        assert_eq!(penalise(&[2.0, -2.0, 1.0], &[0, 1, 1], 2.0), [1.0, -4.0, 1.0]);
+        let params = SamplingParams { repetition_penalty: 2.0, temperature: 0.5, ..SamplingParams::default() };
         let d = distribution(&[2.0, 0.0], &[0], &params);
         let expected = ops::sigmoid(2.0);
         assert!((d[0] - expected).abs() < 1e-12);

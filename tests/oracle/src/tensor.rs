@@ -26,19 +26,13 @@ pub type Trace = BTreeMap<String, Tensor>;
 impl Tensor {
     /// A tensor of rows: as many as `data` holds of `width`.
     pub fn rows(data: Vec<f64>, width: usize) -> Self {
-        Self {
-            shape: vec![data.len() / width, width],
-            data: Data::F64(data),
-        }
+        Self { shape: vec![data.len() / width, width], data: Data::F64(data) }
     }
 
     /// Ids in the given shape.
     pub fn ids<T: TryInto<i32>>(ids: impl IntoIterator<Item = T>, shape: Vec<usize>) -> Self {
         let narrow = |id: T| id.try_into().ok().expect("an id beyond i32");
-        Self {
-            shape,
-            data: Data::I32(ids.into_iter().map(narrow).collect()),
-        }
+        Self { shape, data: Data::I32(ids.into_iter().map(narrow).collect()) }
     }
 
     /// The numbers of an [`Data::F64`] tensor; panics on ids.

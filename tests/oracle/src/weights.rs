@@ -28,28 +28,14 @@ impl Weights {
         for file in files(dir)? {
             raw.extend(safetensors::read(&dir.join(file))?);
         }
-        let is_scale = |name: &str| {
-            name.strip_suffix("_scale_inv")
-                .is_some_and(|weight| raw.contains_key(weight))
-        };
+        let is_scale = |name: &str| name.strip_suffix("_scale_inv").is_some_and(|weight| raw.contains_key(weight));
         let mut weights = BTreeMap::new();
         for (name, tensor) in raw.iter().filter(|(name, _)| !is_scale(name)) {
             let data = match tensor.dtype {
-                Dtype::F8E4m3 => dequantise(
-                    name,
-                    tensor,
-                    raw.get(&format!("{name}_scale_inv")),
-                    fp8_block,
-                )?,
+                Dtype::F8E4m3 => dequantise(name, tensor, raw.get(&format!("{name}_scale_inv")), fp8_block)?,
                 _ => tensor.to_f64(),
             };
-            weights.insert(
-                name.clone(),
-                Weight {
-                    shape: tensor.shape.clone(),
-                    data,
-                },
-            );
+            weights.insert(name.clone(), Weight { shape: tensor.shape.clone(), data });
         }
         Ok(Self(weights))
     }
@@ -61,8 +47,7 @@ impl Weights {
 
     /// A tensor that must be there; panics if it is not.
     pub fn need(&self, name: &str) -> &Weight {
-        self.get(name)
-            .unwrap_or_else(|| panic!("the checkpoint lacks {name}"))
+        self.get(name).unwrap_or_else(|| panic!("the checkpoint lacks {name}"))
     }
 
     /// All tensors in order of name.
@@ -80,27 +65,17 @@ fn files(dir: &Path) -> Result<BTreeSet<String>> {
     let json = crate::read_json(&index)?;
     let malformed = || Error(format!("{}: no weight_map of file names", index.display()));
     let map = json["weight_map"].as_object().ok_or_else(malformed)?;
-    map.values()
-        .map(|file| file.as_str().map(str::to_owned).ok_or_else(malformed))
-        .collect()
+    map.values().map(|file| file.as_str().map(str::to_owned).ok_or_else(malformed)).collect()
 }
 
-fn dequantise(
-    name: &str,
-    codes: &RawTensor,
-    scales: Option<&RawTensor>,
-    block: [usize; 2],
-) -> Result<Vec<f64>> {
+fn dequantise(name: &str, codes: &RawTensor, scales: Option<&RawTensor>, block: [usize; 2]) -> Result<Vec<f64>> {
     let scales = scales.ok_or_else(|| Error(format!("{name} is FP8 without {name}_scale_inv")))?;
     let &[rows, cols] = codes.shape.as_slice() else {
         return Err(Error(format!("{name} is FP8 but not a matrix")));
     };
     let expected = [rows.div_ceil(block[0]), cols.div_ceil(block[1])];
     if scales.shape != expected {
-        return Err(Error(format!(
-            "{name}_scale_inv is {:?}, expected {expected:?}",
-            scales.shape
-        )));
+        return Err(Error(format!("{name}_scale_inv is {:?}, expected {expected:?}", scales.shape)));
     }
     // Scales are float32 in every release; narrowing also accepts float64 ones.
     let scales: Vec<f32> = scales.to_f64().into_iter().map(|s| s as f32).collect();

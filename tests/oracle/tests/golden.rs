@@ -15,12 +15,8 @@ fn json(path: &Path) -> Value {
 }
 
 fn ids(json: &Value) -> Vec<u32> {
-    let list = json
-        .as_array()
-        .unwrap_or_else(|| panic!("not a list: {json}"));
-    list.iter()
-        .map(|id| id.as_u64().expect("an id") as u32)
-        .collect()
+    let list = json.as_array().unwrap_or_else(|| panic!("not a list: {json}"));
+    list.iter().map(|id| id.as_u64().expect("an id") as u32).collect()
 }
 
 fn load(dir: &Path) -> Model {
@@ -44,10 +40,7 @@ fn golden_dir(checkpoint: &Path) -> PathBuf {
 /// Compares with the golden tensors, `extra.*` aside; returns how many there were.
 fn compare(got: &Trace, file: &Path) -> usize {
     let golden = safetensors::read(file).unwrap_or_else(|e| panic!("{e}"));
-    let wanted: Vec<_> = golden
-        .iter()
-        .filter(|(name, _)| !name.starts_with("extra."))
-        .collect();
+    let wanted: Vec<_> = golden.iter().filter(|(name, _)| !name.starts_with("extra.")).collect();
     let names: Vec<_> = wanted.iter().map(|(name, _)| *name).collect();
     assert_eq!(got.keys().collect::<Vec<_>>(), names, "{}", file.display());
     for (name, want) in &wanted {
@@ -56,11 +49,7 @@ fn compare(got: &Trace, file: &Path) -> usize {
         match (&got.data, &want.data) {
             (Data::F64(got), Data::F64(want)) => {
                 let error = rel_l2(got, want);
-                assert!(
-                    error <= TOLERANCE,
-                    "{}: {name} is off by {error:e}",
-                    file.display()
-                );
+                assert!(error <= TOLERANCE, "{}: {name} is off by {error:e}", file.display());
             }
             (got, want) => assert_eq!(got, want, "{name}"),
         }
@@ -78,24 +67,13 @@ fn check(folder: &str, sequences: usize, tensors: usize) {
     for (name, sequence) in meta {
         let prompt = ids(&sequence["input_ids"]);
         let file = golden.join(sequence["file"].as_str().expect("a file name"));
-        assert_eq!(
-            compare(&model.trace(&prompt), &file),
-            tensors,
-            "tensors of {folder}, {name}"
-        );
+        assert_eq!(compare(&model.trace(&prompt), &file), tensors, "tensors of {folder}, {name}");
 
         let greedy = ids(&sequence["greedy"]);
         assert!(greedy.len() >= 8, "{folder}, {name}: too few greedy tokens");
-        assert_eq!(
-            model.greedy(&prompt, greedy.len()),
-            greedy,
-            "{folder}, {name}"
-        );
+        assert_eq!(model.greedy(&prompt, greedy.len()), greedy, "{folder}, {name}");
         let (tokens, accepted) = model.speculative(&prompt, greedy.len());
-        assert_eq!(
-            tokens, greedy,
-            "{folder}, {name}: speculative decoding is not lossless"
-        );
+        assert_eq!(tokens, greedy, "{folder}, {name}: speculative decoding is not lossless");
         if model.config.mtp_modules == 0 {
             assert!(accepted.iter().all(|&n| n == 0));
         } else {
@@ -133,10 +111,7 @@ fn every_checkpoint_is_tested() {
     let mut found = 0;
     for folder in ["golden", "data"] {
         let entries = std::fs::read_dir(tests_dir().join(folder)).expect("a folder");
-        for entry in entries
-            .map(|e| e.expect("an entry"))
-            .filter(|e| e.path().join("config.json").exists())
-        {
+        for entry in entries.map(|e| e.expect("an entry")).filter(|e| e.path().join("config.json").exists()) {
             let name = format!("\"{folder}/{}\"", entry.file_name().display());
             assert!(source.contains(&name), "{name} has no test");
             found += 1;
@@ -148,21 +123,13 @@ fn every_checkpoint_is_tested() {
 #[test]
 fn naive_and_absorbed_attention_agree() {
     let prompt: Vec<u32> = (0..40).map(|i| i * i * 7 % 120).collect();
-    for folder in [
-        "golden/v3-tiny",
-        "golden/v2-lite-tiny",
-        "golden/v3-fp8-tiny",
-        "data/v2-odd-tiny",
-    ] {
+    for folder in ["golden/v3-tiny", "golden/v2-lite-tiny", "golden/v3-fp8-tiny", "data/v2-odd-tiny"] {
         let mut model = load(&tests_dir().join(folder));
         let absorbed = model.trace(&prompt);
         model.attention = Attention::Naive;
         let naive = model.trace(&prompt);
         assert!(absorbed.len() >= 16 && absorbed.len() == naive.len());
-        assert_ne!(
-            absorbed["logits"], naive["logits"],
-            "both forms ran the same code"
-        );
+        assert_ne!(absorbed["logits"], naive["logits"], "both forms ran the same code");
         for (name, tensor) in &absorbed {
             match &tensor.data {
                 Data::F64(values) => {

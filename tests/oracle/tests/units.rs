@@ -12,13 +12,11 @@ fn units() -> Value {
 }
 
 fn list(json: &Value) -> &[Value] {
-    json.as_array()
-        .unwrap_or_else(|| panic!("not a list: {json}"))
+    json.as_array().unwrap_or_else(|| panic!("not a list: {json}"))
 }
 
 fn number(json: &Value) -> f64 {
-    json.as_f64()
-        .unwrap_or_else(|| panic!("not a number: {json}"))
+    json.as_f64().unwrap_or_else(|| panic!("not a number: {json}"))
 }
 
 fn numbers(json: &Value) -> Vec<f64> {
@@ -39,10 +37,7 @@ fn assert_close(got: &[f64], want: &[f64], what: &str) {
     let error = rel_l2(got, want);
     assert!(error <= 1e-13, "{what}: relative error {error:e}");
     for (i, (g, w)) in got.iter().zip(want).enumerate() {
-        assert!(
-            (g - w).abs() <= 1e-12 * w.abs(),
-            "{what}[{i}]: {g} instead of {w}"
-        );
+        assert!((g - w).abs() <= 1e-12 * w.abs(), "{what}[{i}]: {g} instead of {w}");
     }
 }
 
@@ -50,12 +45,7 @@ fn assert_close(got: &[f64], want: &[f64], what: &str) {
 #[test]
 fn every_section_is_covered() {
     let units = units();
-    let sections: BTreeSet<_> = units
-        .as_object()
-        .expect("an object")
-        .keys()
-        .map(String::as_str)
-        .collect();
+    let sections: BTreeSet<_> = units.as_object().expect("an object").keys().map(String::as_str).collect();
     let covered = [
         "rope",
         "rotate",
@@ -78,26 +68,17 @@ fn rope_tables() {
         let factor = number(&case["cos_sin_factor"]);
         assert_close(&rope.inv_freq(), &numbers(&case["inv_freq"]), name);
         assert_close(&[rope.cos_sin_factor()], &[factor], name);
-        assert_close(
-            &[rope.softmax_scale()],
-            &[number(&case["softmax_scale"])],
-            name,
-        );
+        assert_close(&[rope.softmax_scale()], &[number(&case["softmax_scale"])], name);
         // cos and sin follow from the golden frequencies and the golden factor.
         for position in [0, 1, 37, 4095, 163_839] {
-            let angles = numbers(&case["inv_freq"])
-                .into_iter()
-                .map(|theta| position as f64 * theta);
+            let angles = numbers(&case["inv_freq"]).into_iter().map(|theta| position as f64 * theta);
             let (want_cos, want_sin): (Vec<f64>, Vec<f64>) =
                 angles.map(|a| (a.cos() * factor, a.sin() * factor)).unzip();
             let (cos, sin) = rope.cos_sin(position);
             // An ulp of θ is p ulps of the angle.
             let tolerance = 1e-15 * (position as f64 + 10.0);
             for (got, want) in cos.iter().chain(&sin).zip(want_cos.iter().chain(&want_sin)) {
-                assert!(
-                    (got - want).abs() <= tolerance,
-                    "{name} at {position}: {got} instead of {want}"
-                );
+                assert!((got - want).abs() <= tolerance, "{name} at {position}: {got} instead of {want}");
             }
         }
     }
@@ -109,13 +90,7 @@ fn rotation() {
     let x = numbers(&case["x"]);
     for (key, interleave) in [("interleaved", true), ("half_split", false)] {
         let (nope_dim, theta) = (0, number(&case["theta"]));
-        let rope = moewe_oracle::rope::RopeParams {
-            dim: x.len(),
-            nope_dim,
-            theta,
-            interleave,
-            yarn: None,
-        };
+        let rope = moewe_oracle::rope::RopeParams { dim: x.len(), nope_dim, theta, interleave, yarn: None };
         let (cos, sin) = rope.cos_sin(number(&case["position"]) as usize);
         let mut got = x.clone();
         ops::rotate(&mut got, &cos, &sin, interleave);
@@ -132,10 +107,7 @@ fn e4m3_decode() {
         let got = numeric::e4m3_to_f32(code);
         match want.as_f64() {
             Some(want) => assert_eq!(f64::from(got).to_bits(), want.to_bits(), "code {code:#x}"),
-            None => assert!(
-                got.is_nan() && matches!(code, 0x7F | 0xFF),
-                "code {code:#x} is null in the table"
-            ),
+            None => assert!(got.is_nan() && matches!(code, 0x7F | 0xFF), "code {code:#x} is null in the table"),
         }
     }
 }
@@ -164,10 +136,7 @@ fn activation_quantisation() {
         assert_eq!(got.len(), want.len());
         // The table was printed from float64 products or float32 ones; either is within half an ulp of f32.
         for (i, (g, w)) in got.iter().zip(&want).enumerate() {
-            assert!(
-                (g - w).abs() <= w.abs() * 2f64.powi(-24),
-                "{key}[{i}]: {g} instead of {w}"
-            );
+            assert!((g - w).abs() <= w.abs() * 2f64.powi(-24), "{key}[{i}]: {g} instead of {w}");
         }
     }
 }
@@ -186,11 +155,7 @@ fn fp8_block_dequantisation() {
     }
     let got = numeric::block_dequant(&codes, [shape[0], shape[1]], &scales, [128, 128]);
     for s in &samples {
-        assert_eq!(
-            f64::from(got[place(s)]).to_bits(),
-            s[3].to_bits(),
-            "sample {s:?}"
-        );
+        assert_eq!(f64::from(got[place(s)]).to_bits(), s[3].to_bits(), "sample {s:?}");
     }
 }
 
@@ -208,16 +173,8 @@ fn routing() {
         assert_eq!(logits.len(), list(&case["ids_ascending"]).len(), "{note}");
         for (t, logits) in logits.iter().enumerate() {
             let route = router::route(&numbers(logits), bias.as_deref(), &params).ascending();
-            assert_eq!(
-                route.ids,
-                indices(&case["ids_ascending"][t]),
-                "{note}, token {t}"
-            );
-            assert_close(
-                &route.weights,
-                &numbers(&case["weights"][t]),
-                &format!("{note}, token {t}"),
-            );
+            assert_eq!(route.ids, indices(&case["ids_ascending"][t]), "{note}, token {t}");
+            assert_close(&route.weights, &numbers(&case["weights"][t]), &format!("{note}, token {t}"));
         }
     }
 }

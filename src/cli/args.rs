@@ -1,0 +1,344 @@
+//! The command line, as clap parses it.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Compile, run and look into mixture-of-experts models on any Vulkan GPU.
+#[derive(Debug, Parser)]
+#[command(
+    name = "moewe",
+    version,
+    about,
+    long_about = "moewe compiles DeepSeek-family checkpoints (mixture of experts, multi-head latent attention, FP8 block \
+        scales) into WGSL kernels and runs them through Vulkan, without CUDA and without Python.",
+    after_help = "Examples:\n  \
+        moewe run models/demo \"The king said to\" --temperature 0.7\n  \
+        moewe chat models/demo\n  \
+        moewe compile models/demo -o demo.moewe && moewe explain demo.moewe\n  \
+        moewe inspect config.json --gpu h200 --price-per-gpu-hour 3\n  \
+        moewe doctor",
+    max_term_width = 100
+)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Continue a prompt
+    Run(RunArgs),
+    /// Talk with a model in the terminal
+    Chat(ChatArgs),
+    /// Run one forward pass and write every tensor on the way to a file
+    Trace(TraceArgs),
+    /// Compile a checkpoint into a bundle of kernels, plan and weights
+    Compile(CompileArgs),
+    /// Count parameters, cache and cost of a model, without a GPU
+    Inspect(InspectArgs),
+    /// Show the kernels of a bundle: which, why, and what they move and compute
+    Explain(ExplainArgs),
+    /// Show Vulkan devices, their limits and speed, and what moewe would choose
+    Doctor(DoctorArgs),
+    /// Write a checkpoint with random weights, for benchmarks and tests
+    Synth(SynthArgs),
+}
+
+/// How activations and latents are kept.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum PrecisionArg {
+    /// Everything in f32
+    #[default]
+    Exact,
+    /// The latent cache in f16, the rest in f32
+    Fast,
+}
+
+impl From<PrecisionArg> for moewe_plan::Precision {
+    fn from(precision: PrecisionArg) -> Self {
+        match precision {
+            PrecisionArg::Exact => Self::Exact,
+            PrecisionArg::Fast => Self::Fast,
+        }
+    }
+}
+
+/// Which model on which device.
+#[derive(Args, Debug)]
+pub struct ModelArgs {
+    /// Checkpoint directory (config.json, *.safetensors) or compiled bundle
+    #[arg(value_name = "MODEL")]
+    pub model: PathBuf,
+
+    #[command(flatten)]
+    pub device: DeviceArgs,
+
+    /// Device profile to compile a checkpoint for: generic-vulkan, hopper, lavapipe, webgpu or a file [default: by device]
+    #[arg(long, value_name = "PROFILE", help_heading = "Device")]
+    pub target: Option<String>,
+
+    /// How activations and latents are kept
+    #[arg(long, value_enum, default_value_t, help_heading = "Device")]
+    pub precision: PrecisionArg,
+
+    /// Most prompt tokens in one pass [default: as many as fit]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Device")]
+    pub prefill_chunk: Option<u32>,
+}
+
+/// Which device.
+#[derive(Args, Debug)]
+pub struct DeviceArgs {
+    /// Vulkan device by index or part of its name; `list` shows them [default: the fastest kind]
+    #[arg(long, value_name = "DEVICE", help_heading = "Device")]
+    pub device: Option<String>,
+}
+
+/// How tokens are drawn.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Sampling")]
+pub struct SamplingArgs {
+    /// Most tokens to generate [default: the model's, else 256]
+    #[arg(long, short = 'n', value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_new_tokens: Option<u32>,
+    /// Divide logits by this; 0 always takes the most likely token [default: the model's, else 0]
+    #[arg(long, short, value_name = "T")]
+    pub temperature: Option<f32>,
+    /// Keep only the K most likely tokens; 0 keeps all [default: the model's, else 0]
+    #[arg(long, value_name = "K")]
+    pub top_k: Option<u32>,
+    /// Keep the most likely tokens up to this probability [default: the model's, else 1]
+    #[arg(long, value_name = "P")]
+    pub top_p: Option<f32>,
+    /// Drop tokens less likely than this share of the most likely one [default: the model's, else 0]
+    #[arg(long, value_name = "P")]
+    pub min_p: Option<f32>,
+    /// Make tokens that occurred less likely; 1 changes nothing [default: the model's, else 1]
+    #[arg(long, value_name = "R")]
+    pub repetition_penalty: Option<f32>,
+    /// Seed of the draws: the same seed gives the same text
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+    /// Go on past end-of-sequence tokens
+    #[arg(long)]
+    pub ignore_eos: bool,
+}
+
+/// `moewe run`.
+#[derive(Args, Debug)]
+#[command(after_help = "Without PROMPT, --prompt and --tokens the prompt is read from standard input. \
+    A checkpoint is compiled once, into the user's cache directory (or $MOEWE_CACHE).")]
+pub struct RunArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+
+    /// Text to continue
+    #[arg(conflicts_with_all = ["tokens", "prompts"])]
+    pub prompt: Option<String>,
+
+    /// Token ids to continue, separated by commas
+    #[arg(long, value_name = "IDS", value_delimiter = ',', num_args = 1, conflicts_with = "prompts")]
+    pub tokens: Option<Vec<u32>>,
+
+    /// Named text to continue; may be given several times
+    #[arg(long = "prompt", value_name = "NAME=TEXT")]
+    pub prompts: Vec<String>,
+
+    /// Show which experts each prompt and its continuation used
+    #[arg(long)]
+    pub heatmap: bool,
+
+    /// Print one JSON object instead of text
+    #[arg(long, conflicts_with = "heatmap")]
+    pub json: bool,
+
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+}
+
+/// `moewe chat`.
+#[derive(Args, Debug)]
+#[command(after_help = "Type a message and Enter. /clear forgets the conversation, /quit or Ctrl-D ends it, \
+    Ctrl-C stops an answer.")]
+pub struct ChatArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+
+    /// System prompt
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+}
+
+/// `moewe trace`.
+#[derive(Args, Debug)]
+pub struct TraceArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+
+    /// Text to run, instead of --tokens
+    #[arg(conflicts_with = "tokens")]
+    pub prompt: Option<String>,
+
+    /// Token ids to run, separated by commas
+    #[arg(long, value_name = "IDS", value_delimiter = ',', num_args = 1)]
+    pub tokens: Option<Vec<u32>>,
+
+    /// File to write, safetensors (f32 and i32)
+    #[arg(long, short, value_name = "FILE")]
+    pub out: PathBuf,
+
+    /// Tensors to write: names or their beginnings, such as logits,hidden,moe.3,mla,mtp [default: all]
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    pub taps: Vec<String>,
+
+    /// Print what was written as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Formats that weights can be converted to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum WeightsArg {
+    /// As stored
+    #[default]
+    Keep,
+    /// 32-bit floats
+    F32,
+    /// bfloat16
+    Bf16,
+    /// 16-bit floats
+    F16,
+}
+
+/// `moewe compile`.
+#[derive(Args, Debug)]
+pub struct CompileArgs {
+    /// Checkpoint directory, or a config.json with --plan-only
+    #[arg(value_name = "CHECKPOINT")]
+    pub checkpoint: PathBuf,
+
+    /// Directory to write
+    #[arg(long, short, value_name = "DIR")]
+    pub out: PathBuf,
+
+    /// Device profile: generic-vulkan, hopper, lavapipe, webgpu or a file
+    #[arg(long, value_name = "PROFILE", default_value = "generic-vulkan")]
+    pub target: String,
+
+    /// Format of linears and embeddings
+    #[arg(long, value_enum, default_value_t)]
+    pub weights: WeightsArg,
+
+    /// Refer to the checkpoint's files instead of copying weights that need no repacking
+    #[arg(long)]
+    pub reference_weights: bool,
+
+    /// Make plan and kernels without weights (to read and explain, not to run)
+    #[arg(long)]
+    pub plan_only: bool,
+
+    /// Print what was written as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `moewe inspect`.
+#[derive(Args, Debug)]
+pub struct InspectArgs {
+    /// Checkpoint directory, bundle or config.json
+    #[arg(value_name = "MODEL")]
+    pub model: PathBuf,
+
+    /// Whether and how fast the model would run on this GPU: h100, h200, h800, h20, …
+    #[arg(long, value_name = "NAME")]
+    pub gpu: Option<String>,
+
+    /// Dollars for a GPU and hour: adds the price of a million tokens
+    #[arg(long, value_name = "P", requires = "gpu")]
+    pub price_per_gpu_hour: Option<f64>,
+
+    /// Tokens of context that each sequence holds, for --gpu [default: 4096, at most the model's]
+    #[arg(long, value_name = "N", requires = "gpu", value_parser = clap::value_parser!(u32).range(1..))]
+    pub context: Option<u32>,
+
+    /// Bits of a number in the latent cache
+    #[arg(long, value_name = "BITS", default_value_t = 16.0)]
+    pub cache_bits: f64,
+
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `moewe explain`.
+#[derive(Args, Debug)]
+pub struct ExplainArgs {
+    /// Compiled bundle
+    #[arg(value_name = "BUNDLE")]
+    pub bundle: PathBuf,
+
+    /// Tokens in the batch whose cost is shown
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub tokens: u32,
+
+    /// Tokens of context behind each of them
+    #[arg(long, value_name = "N", default_value_t = 1024)]
+    pub context: u32,
+
+    /// How activations and latents are kept
+    #[arg(long, value_enum, default_value_t)]
+    pub precision: PrecisionArg,
+
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `moewe doctor`.
+#[derive(Args, Debug)]
+pub struct DoctorArgs {
+    #[command(flatten)]
+    pub device: DeviceArgs,
+
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `moewe synth`.
+#[derive(Args, Debug)]
+#[command(
+    after_help = "Example: three layers of DeepSeek-V3's real head, latent, expert and group shape, small otherwise:\n  \
+    moewe synth --like v3 --scale layers=3,hidden=256,vocab=1024 --out v3-small"
+)]
+pub struct SynthArgs {
+    /// Shape: v2-lite, v2, v3, kimi-k2 or a config.json
+    #[arg(long, value_name = "NAME|CONFIG")]
+    pub like: String,
+
+    /// Fields of config.json to change, such as layers=3,hidden=256 (also: any field by its own name)
+    #[arg(long, value_name = "KEY=VALUE,…", value_delimiter = ',')]
+    pub scale: Vec<String>,
+
+    /// Storage of weights: fp8, bf16 or f32 [default: as the shape's config says]
+    #[arg(long, value_name = "FORMAT")]
+    pub dtype: Option<String>,
+
+    /// Seed of the random weights
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+
+    /// Directory to write
+    #[arg(long, short, value_name = "DIR")]
+    pub out: PathBuf,
+
+    /// Print what was written as JSON
+    #[arg(long)]
+    pub json: bool,
+}

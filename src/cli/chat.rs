@@ -1,0 +1,98 @@
+//! `moewe chat`.
+
+use std::io::{BufRead, IsTerminal};
+
+use moewe::text::{ChatOptions, Message, Text};
+use moewe_plan::ProgramKind;
+use moewe_runtime::{GenerateOptions, SequenceId, Session, continue_sequence};
+
+use super::args::ChatArgs;
+use super::generate::{Printer, options, summary};
+use super::{interrupt, model, output, usage};
+
+/// A conversation: its messages, and the sequence that holds them as far as the model has read them.
+struct Conversation<'a> {
+    text: &'a Text,
+    messages: Vec<Message>,
+    sequence: Option<SequenceId>,
+}
+
+/// Talks until the input ends.
+pub fn run(args: &ChatArgs) -> anyhow::Result<()> {
+    let Some(loaded) = model::load(&args.model, |_| vec![ProgramKind::Forward])? else { return Ok(()) };
+    let Some(text) = loaded.text.as_ref().filter(|text| text.has_chat_template()) else {
+        return usage(format!(
+            "{}: the model has no tokenizer with a chat template; continue plain text with `moewe run`",
+            args.model.model.display()
+        ));
+    };
+    let options = options(&args.sampling, &args.model, &loaded.defaults)?;
+    let mut session = model::session(&loaded, &args.model, &[ProgramKind::Forward])?;
+    let system = || args.system.iter().map(Message::system).collect();
+    let mut conversation = Conversation { text, messages: system(), sequence: None };
+    let is_terminal = std::io::stdin().is_terminal();
+    let mut lines = std::io::stdin().lock().lines();
+    loop {
+        if is_terminal {
+            output::write("› ")?;
+        }
+        let Some(line) = lines.next().transpose()? else { break };
+        match line.trim() {
+            "" => continue,
+            "/quit" | "/exit" => break,
+            "/clear" => {
+                conversation.forget(&mut session)?;
+                conversation.messages = system();
+                continue;
+            }
+            message => conversation.messages.push(Message::user(message)),
+        }
+        conversation.answer(&mut session, &options, is_terminal)?;
+        if interrupt::is_set() {
+            break;
+        }
+    }
+    Ok(())
+}
+
+impl Conversation<'_> {
+    /// Answers the last message. The model reads only what it has not read in earlier turns.
+    fn answer(&mut self, session: &mut Session, options: &GenerateOptions, is_terminal: bool) -> anyhow::Result<()> {
+        let ids = self.text.encode_chat(&self.messages, &ChatOptions::default())?;
+        let sequence = self.read(session, &ids, options)?;
+        let mut printer = Printer::new(Some(self.text), false);
+        let generated = continue_sequence(session, sequence, options, |token| printer.push(token))?;
+        let answer = printer.finish()?;
+        output::write("\n")?;
+        if is_terminal {
+            eprintln!("{}", summary(&generated));
+        }
+        self.messages.push(Message::assistant(answer));
+        Ok(())
+    }
+
+    /// A sequence that holds `ids`: the one of the turn before if it begins the same, cut where it differs.
+    fn read(&mut self, session: &mut Session, ids: &[u32], options: &GenerateOptions) -> anyhow::Result<SequenceId> {
+        if let Some(sequence) = self.sequence {
+            let held = session.tokens(sequence)?;
+            // At least one token must be run for the model to say what follows.
+            let common = held.iter().zip(ids).take_while(|(a, b)| a == b).count().min(ids.len() - 1);
+            if common > 0 {
+                session.rewind(sequence, common)?;
+                session.append(sequence, &ids[common..])?;
+                return Ok(sequence);
+            }
+            self.forget(session)?;
+        }
+        let sequence = session.add_sequence(ids, options.sampling)?;
+        self.sequence = Some(sequence);
+        Ok(sequence)
+    }
+
+    fn forget(&mut self, session: &mut Session) -> anyhow::Result<()> {
+        if let Some(sequence) = self.sequence.take() {
+            session.remove_sequence(sequence)?;
+        }
+        Ok(())
+    }
+}

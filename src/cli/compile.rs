@@ -1,0 +1,60 @@
+//! `moewe compile`.
+
+use std::time::Instant;
+
+use moewe_compiler::checkpoint::Checkpoint;
+use moewe_compiler::compile::{Options, compile};
+use moewe_compiler::profile::Profile;
+use moewe_plan::{Bundle, WeightFormat};
+use serde_json::json;
+
+use super::args::{CompileArgs, WeightsArg};
+use super::progress::Bars;
+use super::{model, output, usage};
+
+/// Compiles a checkpoint into a bundle.
+pub fn run(args: &CompileArgs) -> anyhow::Result<()> {
+    let started = Instant::now();
+    if Bundle::is_bundle(&args.checkpoint) {
+        return usage(format!("{}: is a bundle already; compile takes a checkpoint", args.checkpoint.display()));
+    }
+    let weights = match args.weights {
+        WeightsArg::Keep => None,
+        WeightsArg::F32 => Some(WeightFormat::F32),
+        WeightsArg::Bf16 => Some(WeightFormat::Bf16),
+        WeightsArg::F16 => Some(WeightFormat::F16),
+    };
+    let options = Options {
+        profile: Profile::load(&args.target)?,
+        weights,
+        reference: args.reference_weights,
+        plan_only: args.plan_only,
+    };
+    let checkpoint = Checkpoint::open(&args.checkpoint)?;
+    let bars = Bars::bytes();
+    let warnings = compile(&checkpoint, &options, &args.out, &|done, total| bars.set("compiling", done, total, true))?;
+    drop(bars);
+    model::warn(&warnings);
+    let bundle = Bundle::open(&args.out)?;
+    let weight_bytes: u64 = bundle.plan.weights.iter().map(moewe_plan::Weight::bytes).sum();
+    let seconds = started.elapsed().as_secs_f64();
+    if args.json {
+        return output::json(&json!({
+            "bundle": args.out,
+            "target": bundle.plan.requirements.profile,
+            "kernels": bundle.plan.kernels.len(),
+            "programs": bundle.plan.programs.len(),
+            "weight_bytes": weight_bytes,
+            "warnings": warnings,
+            "seconds": seconds,
+        }));
+    }
+    eprintln!(
+        "{}: {} kernels, {} of weights for {}, in {seconds:.1} s",
+        args.out.display(),
+        bundle.plan.kernels.len(),
+        output::bytes(weight_bytes as f64),
+        bundle.plan.requirements.profile,
+    );
+    Ok(())
+}

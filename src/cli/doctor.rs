@@ -1,0 +1,96 @@
+//! `moewe doctor`.
+
+use moewe_compiler::profile::Profile;
+use moewe_runtime::{AdapterInfo, Gpu, Selector, copy_bandwidth, dispatch_cost, submit_latency};
+use serde_json::{Value, json};
+
+use super::args::DoctorArgs;
+use super::{model, output};
+
+/// Shows devices, limits and speed.
+pub fn run(args: &DoctorArgs) -> anyhow::Result<()> {
+    let adapters = moewe_runtime::list();
+    if adapters.is_empty() {
+        Gpu::open(&Selector::Default)?; // says what to do
+    }
+    let Some(gpu) = model::open_device(&args.device)? else { return Ok(()) };
+    let info = gpu.info();
+    let profile = Profile::load(model::profile_for(info))?;
+    let bandwidth = copy_bandwidth(&gpu)?;
+    let dispatch = dispatch_cost(&gpu)?;
+    let submit = submit_latency(&gpu)?;
+    if args.json {
+        return output::json(&json!({
+            "devices": adapters.iter().map(as_json).collect::<Vec<_>>(),
+            "chosen": info.index,
+            "target": profile.name,
+            "copy_gigabytes_per_second": { "kernel": bandwidth.kernel, "driver": bandwidth.copy },
+            "dispatch_microseconds": dispatch,
+            "submit_and_wait_microseconds": submit,
+        }));
+    }
+    let mut out = String::from("Vulkan devices\n");
+    for adapter in &adapters {
+        let chosen = if adapter.index == info.index { "  ← chosen" } else { "" };
+        out += &format!(
+            "  {}  {} ({}, {} {}){chosen}\n",
+            adapter.index,
+            adapter.name,
+            adapter.device_type.name(),
+            adapter.driver,
+            adapter.driver_info
+        );
+    }
+    let yes_no = |yes: bool| if yes { "yes" } else { "no" };
+    out += &format!("\n{}\n", info.name);
+    out += &format!("  largest binding        {}\n", output::bytes(info.max_binding_bytes as f64));
+    out += &format!("  largest buffer         {}\n", output::bytes(info.max_buffer_bytes as f64));
+    if let Some(memory) = info.memory_bytes {
+        out += &format!("  memory                 {}\n", output::bytes(memory as f64));
+    }
+    out += &format!("  storage buffers        {} a kernel\n", info.storage_buffers);
+    out += &format!(
+        "  workgroups             {} invocations, {} of shared memory\n",
+        info.workgroup_invocations,
+        output::bytes(info.workgroup_bytes.into())
+    );
+    let sizes = if info.subgroup_size[0] == info.subgroup_size[1] {
+        info.subgroup_size[0].to_string()
+    } else {
+        format!("{} to {}", info.subgroup_size[0], info.subgroup_size[1])
+    };
+    out += &format!("  subgroups              {}, size {sizes}\n", yes_no(info.subgroups));
+    out += &format!("  f16 arithmetic         {} (not needed)\n", yes_no(info.shader_f16));
+    out += &format!("  timestamps             {}\n", yes_no(info.timestamps));
+    out += "\nMeasured\n";
+    out += &format!(
+        "  copy, read and written {:.1} GB/s by a kernel, {:.1} GB/s by the driver ({} buffers)\n",
+        bandwidth.kernel,
+        bandwidth.copy,
+        output::bytes(bandwidth.bytes as f64)
+    );
+    out += &format!("  chained dispatch       {dispatch:.1} µs\n");
+    out += &format!("  submit and wait        {submit:.0} µs\n");
+    out += &format!("\nA checkpoint would be compiled for {}: {}.\n", profile.name, profile.description);
+    Ok(output::write(&out)?)
+}
+
+fn as_json(adapter: &AdapterInfo) -> Value {
+    json!({
+        "index": adapter.index,
+        "name": adapter.name,
+        "type": adapter.device_type.name(),
+        "driver": adapter.driver,
+        "driver_info": adapter.driver_info,
+        "max_binding_bytes": adapter.max_binding_bytes,
+        "max_buffer_bytes": adapter.max_buffer_bytes,
+        "memory_bytes": adapter.memory_bytes,
+        "storage_buffers": adapter.storage_buffers,
+        "workgroup_invocations": adapter.workgroup_invocations,
+        "workgroup_bytes": adapter.workgroup_bytes,
+        "subgroups": adapter.subgroups,
+        "subgroup_size": adapter.subgroup_size,
+        "shader_f16": adapter.shader_f16,
+        "timestamps": adapter.timestamps,
+    })
+}

@@ -1,0 +1,180 @@
+//! `moewe explain`.
+
+use moewe_plan::{Bundle, Cost, Kernel, Plan, Program, ProgramKind, Step, Symbols};
+use serde_json::{Value, json};
+
+use super::args::ExplainArgs;
+use super::output;
+
+/// Shows what a bundle's programs consist of.
+pub fn run(args: &ExplainArgs) -> anyhow::Result<()> {
+    let bundle = Bundle::open(&args.bundle)?;
+    let plan = &bundle.plan;
+    let programs: Vec<&Program> = plan.programs.iter().filter(|p| p.precision == args.precision.into()).collect();
+    if args.json {
+        let programs: Vec<Value> = programs.iter().map(|program| program_json(plan, program, args)).collect();
+        return output::json(&json!({
+            "target": plan.requirements.profile,
+            "tokens": args.tokens,
+            "context": args.context,
+            "programs": programs,
+        }));
+    }
+    let mut out = format!(
+        "{}: {}, {} layers, compiled for {} by {}\n{} kernels, {} of weights, bindings up to {}\n",
+        args.bundle.display(),
+        plan.model.architecture,
+        plan.model.layers,
+        plan.requirements.profile,
+        plan.generator,
+        plan.kernels.len(),
+        output::bytes(plan.weights.iter().map(moewe_plan::Weight::bytes).sum::<u64>() as f64),
+        output::bytes(plan.requirements.max_binding_bytes as f64),
+    );
+    // The forward program that serves this batch, then one line for each other program.
+    let chosen = programs.iter().find(|p| p.kind == ProgramKind::Forward && p.max_tokens >= args.tokens);
+    let chosen = chosen.or_else(|| programs.iter().rfind(|p| p.kind == ProgramKind::Forward));
+    if let Some(program) = chosen {
+        out += &program_text(plan, program, args);
+    }
+    out += "\nPrograms\n";
+    for program in &programs {
+        let marker = if chosen.is_some_and(|chosen| std::ptr::eq(*chosen, *program)) { "  (shown above)" } else { "" };
+        out += &format!(
+            "  {:<9} up to {:>3} tokens: {} dispatches{marker}\n",
+            kind_name(program.kind),
+            program.max_tokens,
+            program.steps.len()
+        );
+    }
+    Ok(output::write(&out)?)
+}
+
+fn kind_name(kind: ProgramKind) -> String {
+    match kind {
+        ProgramKind::Forward => "forward".into(),
+        ProgramKind::Trace => "trace".into(),
+        ProgramKind::Draft { module } => format!("draft {module}"),
+    }
+}
+
+/// Bytes and operations of a step for a batch.
+fn cost(step: &Step, args: &ExplainArgs) -> (u64, u64) {
+    let Cost { fixed_bytes, token_bytes, token_flops, context_bytes, context_flops } = step.cost;
+    let (tokens, context) = (u64::from(args.tokens), u64::from(args.context));
+    let bytes = fixed_bytes + tokens * (token_bytes + context * context_bytes);
+    (bytes, tokens * (token_flops + context * context_flops))
+}
+
+fn symbols(args: &ExplainArgs) -> Symbols {
+    Symbols { tokens: args.tokens.into(), rows: 1, sequences: 1, pages: 1 }
+}
+
+/// Steps of one layer, in order; those outside of layers stand before or behind.
+fn by_layer(program: &Program) -> Vec<(Option<u32>, Vec<&Step>)> {
+    let mut layers: Vec<(Option<u32>, Vec<&Step>)> = Vec::new();
+    for step in &program.steps {
+        match layers.last_mut() {
+            Some((layer, steps)) if *layer == step.layer => steps.push(step),
+            _ => layers.push((step.layer, vec![step])),
+        }
+    }
+    layers
+}
+
+/// The part of a label behind the layer.
+fn part(step: &Step) -> &str {
+    step.label.strip_prefix("layers.").and_then(|rest| rest.split_once('.')).map_or(&step.label, |(_, part)| part)
+}
+
+/// Kernel, plugs and flags of a variant's name, without its constants.
+fn short(kernel: &Kernel) -> String {
+    let parts: Vec<&str> = kernel.name.split('.').collect();
+    let named = parts
+        .iter()
+        .take_while(|part| !part.contains(|c: char| c.is_ascii_digit()) || part.contains('-') || is_format(part));
+    named.copied().collect::<Vec<_>>().join(".")
+}
+
+fn is_format(part: &str) -> bool {
+    ["f32", "bf16", "f16", "fp8", "top2"].contains(&part)
+}
+
+fn program_text(plan: &Plan, program: &Program, args: &ExplainArgs) -> String {
+    let mut out = format!(
+        "\nForward pass of {} token(s), {} behind each: {} dispatches, recorded ahead as one pass.\n\
+         CPU visits between its tokens and dispatches: none. Grids come from the size of the batch, chosen experts are read\n\
+         by the kernels, and the sampled token is the next pass's input on the device.\n",
+        args.tokens,
+        args.context,
+        program.steps.len()
+    );
+    let mut shown: Vec<(String, String)> = Vec::new();
+    let mut why: Vec<&str> = Vec::new();
+    for (layer, steps) in by_layer(program) {
+        let name = layer.map_or_else(|| "outside of layers".to_owned(), |layer| format!("layer {layer}"));
+        let totals =
+            steps.iter().map(|step| cost(step, args)).fold((0, 0), |sum, cost| (sum.0 + cost.0, sum.1 + cost.1));
+        let mut table = output::table(&["step", "kernel", "grid", "bytes", "flops"]);
+        table.column_mut(1).into_iter().for_each(|column| {
+            column.set_cell_alignment(comfy_table::CellAlignment::Left);
+        });
+        for step in &steps {
+            let kernel = &plan.kernels[step.kernel as usize];
+            if !why.contains(&kernel.why.as_str()) {
+                why.push(&kernel.why);
+            }
+            let grid: Vec<String> = step.grid.iter().map(|dim| dim.eval(&symbols(args)).to_string()).collect();
+            let (bytes, flops) = cost(step, args);
+            let flops = if flops == 0 { "–".into() } else { output::count(flops as f64) };
+            table.add_row([part(step).to_owned(), short(kernel), grid.join(" × "), output::bytes(bytes as f64), flops]);
+        }
+        let table = table.to_string();
+        let head = format!(
+            "\n{name}: {} dispatches, {} moved, {} flops",
+            steps.len(),
+            output::bytes(totals.0 as f64),
+            output::count(totals.1 as f64)
+        );
+        // Layers of one kind look alike: the first is shown whole.
+        if let Some((_, first)) = shown.iter().find(|(text, _)| *text == table) {
+            out += &format!("{head}, like {first}\n");
+        } else {
+            out += &format!("{head}\n{table}\n");
+            shown.push((table, name));
+        }
+    }
+    out += "\nWhy these variants\n";
+    for why in why {
+        out += &format!("  {why}\n");
+    }
+    out
+}
+
+fn program_json(plan: &Plan, program: &Program, args: &ExplainArgs) -> Value {
+    let layers = by_layer(program).into_iter().map(|(layer, steps)| {
+        let steps: Vec<Value> = steps
+            .iter()
+            .map(|step| {
+                let kernel = &plan.kernels[step.kernel as usize];
+                let (bytes, flops) = cost(step, args);
+                json!({
+                    "label": step.label,
+                    "kernel": kernel.name,
+                    "why": kernel.why,
+                    "grid": step.grid.iter().map(|dim| dim.eval(&symbols(args))).collect::<Vec<_>>(),
+                    "bytes": bytes,
+                    "flops": flops,
+                })
+            })
+            .collect();
+        json!({ "layer": layer, "dispatches": steps.len(), "steps": steps })
+    });
+    json!({
+        "program": kind_name(program.kind),
+        "max_tokens": program.max_tokens,
+        "dispatches": program.steps.len(),
+        "cpu_visits": 0,
+        "layers": layers.collect::<Vec<_>>(),
+    })
+}

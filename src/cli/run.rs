@@ -1,0 +1,176 @@
+//! `moewe run`.
+
+use std::io::{IsTerminal, Read};
+use std::time::Instant;
+
+use anyhow::Context;
+use moewe::heatmap;
+use moewe::text::Text;
+use moewe::trace::{self, Numbers};
+use moewe_plan::{Bundle, ProgramKind};
+use moewe_runtime::{Session, generate};
+use serde_json::json;
+
+use super::args::RunArgs;
+use super::generate::{Printer, as_json, options, summary};
+use super::{interrupt, model, output, usage};
+
+/// Bytes of a prompt from standard input.
+const MAX_PROMPT_BYTES: u64 = 64 << 20;
+
+/// What to continue.
+struct Prompt {
+    name: Option<String>,
+    text: Option<String>,
+    tokens: Option<Vec<u32>>,
+}
+
+/// Continues prompts.
+pub fn run(args: &RunArgs) -> anyhow::Result<()> {
+    let prompts = prompts(args)?;
+    let started = Instant::now();
+    // Routing is read from a trace of the finished text.
+    let kinds = |_: &Bundle| {
+        if args.heatmap { vec![ProgramKind::Forward, ProgramKind::Trace] } else { vec![ProgramKind::Forward] }
+    };
+    let Some(loaded) = model::load(&args.model, kinds)? else { return Ok(()) };
+    let options = options(&args.sampling, &args.model, &loaded.defaults)?;
+    let info = &loaded.model.plan().model;
+    if args.heatmap && info.moe_layers.is_empty() {
+        return usage("--heatmap: the model has no mixture-of-experts layer");
+    }
+    let encoded: Vec<Vec<u32>> =
+        prompts.iter().map(|prompt| encode(prompt, loaded.text.as_ref(), args)).collect::<Result<_, _>>()?;
+    let mut session = model::session(&loaded, &args.model, &[ProgramKind::Forward])?;
+    let load_seconds = started.elapsed().as_secs_f64();
+
+    let mut results = Vec::new();
+    let mut finished: Vec<Vec<u32>> = Vec::new();
+    for (prompt, ids) in prompts.iter().zip(&encoded) {
+        let mut printer = Printer::new(loaded.text.as_ref(), args.json);
+        if !args.json {
+            if let Some(name) = &prompt.name {
+                output::write(&format!("── {name}\n"))?;
+            }
+            output::write(prompt.text.as_deref().unwrap_or_default())?;
+        }
+        let generated = generate(&mut session, ids, &options, |token| printer.push(token))?;
+        let text = printer.finish()?;
+        if args.json {
+            let text = loaded.text.as_ref().map(|_| text.as_str());
+            let mut result = as_json(ids, &generated, text, load_seconds);
+            if let Some(name) = &prompt.name {
+                result["name"] = json!(name);
+            }
+            results.push(result);
+        } else {
+            output::write("\n")?;
+            if std::io::stderr().is_terminal() {
+                eprintln!("{}", summary(&generated));
+            }
+            if prompt.name.is_some() {
+                output::write("\n")?;
+            }
+        }
+        let mut all = ids.clone();
+        // The last token was drawn but not run: the trace does that.
+        all.extend(&generated.tokens);
+        all.truncate(info.max_context as usize);
+        finished.push(all);
+        if interrupt::is_set() {
+            break;
+        }
+    }
+    if args.json {
+        return match <[_; 1]>::try_from(results) {
+            Ok([one]) if args.prompts.is_empty() => output::json(&one),
+            Ok([one]) => output::json(&json!({ "prompts": [one] })),
+            Err(results) => output::json(&json!({ "prompts": results })),
+        };
+    }
+    if args.heatmap && !interrupt::is_set() {
+        let mut tracing = model::session(&loaded, &args.model, &[ProgramKind::Trace])?;
+        let counts: Vec<_> = finished.iter().map(|ids| expert_counts(&mut tracing, ids)).collect::<Result<_, _>>()?;
+        let labels: Vec<String> = prompts
+            .iter()
+            .zip(1..)
+            .map(|(prompt, number)| prompt.name.clone().unwrap_or_else(|| format!("prompt {number}")))
+            .collect();
+        output::write(&heatmap::render(&labels, &counts, &info.moe_layers, output::width(), output::color()))?;
+    }
+    Ok(())
+}
+
+fn prompts(args: &RunArgs) -> anyhow::Result<Vec<Prompt>> {
+    if args.model.device.device.as_deref() == Some("list") {
+        return Ok(Vec::new());
+    }
+    if let Some(tokens) = &args.tokens {
+        return Ok(vec![Prompt { name: None, text: None, tokens: Some(tokens.clone()) }]);
+    }
+    if !args.prompts.is_empty() {
+        let named = args.prompts.iter().map(|prompt| match prompt.split_once('=') {
+            Some((name, text)) if !name.is_empty() => {
+                Ok(Prompt { name: Some(name.into()), text: Some(text.into()), tokens: None })
+            }
+            _ => usage(format!(
+                "--prompt is {prompt:?}, expected NAME=TEXT; a prompt without name stands alone, without --prompt"
+            )),
+        });
+        return named.collect();
+    }
+    let text = match &args.prompt {
+        Some(text) => text.clone(),
+        None if std::io::stdin().is_terminal() => {
+            return usage("no prompt: give a text, --tokens 1,2,3, or a text on standard input");
+        }
+        None => {
+            let mut text = String::new();
+            let input = std::io::stdin().take(MAX_PROMPT_BYTES + 1);
+            let read = { input }.read_to_string(&mut text).context("standard input")?;
+            if read as u64 > MAX_PROMPT_BYTES {
+                return usage(format!("the prompt on standard input has more than {MAX_PROMPT_BYTES} bytes"));
+            }
+            text
+        }
+    };
+    Ok(vec![Prompt { name: None, text: Some(text), tokens: None }])
+}
+
+fn encode(prompt: &Prompt, text: Option<&Text>, args: &RunArgs) -> anyhow::Result<Vec<u32>> {
+    if let Some(tokens) = &prompt.tokens {
+        return Ok(tokens.clone());
+    }
+    let prompt = prompt.text.as_deref().unwrap_or_default();
+    if prompt.is_empty() {
+        return usage("the prompt is empty; give at least one character");
+    }
+    encode_text(prompt, text, &args.model.model)
+}
+
+/// Token ids of a text.
+pub fn encode_text(prompt: &str, text: Option<&Text>, model: &std::path::Path) -> anyhow::Result<Vec<u32>> {
+    match text {
+        Some(text) => Ok(text.encode(prompt, true)?),
+        None => usage(format!(
+            "{}: no tokenizer.json, so text cannot be read; give token ids with --tokens (other tokenizer files, such as \
+             tiktoken.model, are not supported)",
+            model.display()
+        )),
+    }
+}
+
+/// How often the routers chose each expert over a text: `[moe layer][expert]`.
+fn expert_counts(session: &mut Session, ids: &[u32]) -> anyhow::Result<Vec<Vec<u32>>> {
+    let info = session.model().plan().model.clone();
+    let names: Vec<String> = info.moe_layers.iter().map(|layer| format!("moe.{layer}.ids")).collect();
+    let tensors = trace::trace(session, ids, None, &|name| names.iter().any(|wanted| wanted == name))?;
+    let counts = names.iter().map(|name| {
+        let mut counts = vec![0; info.experts as usize];
+        if let Some(Numbers::I32(ids)) = tensors.get(name).map(|tensor| &tensor.data) {
+            ids.iter().for_each(|&id| counts[id as usize] += 1);
+        }
+        counts
+    });
+    Ok(counts.collect())
+}
