@@ -38,7 +38,8 @@ pub fn kinds(mtp_modules: u32) -> Vec<ProgramKind> {
 /// by each module's own (spec §7). Experts of a token stand in ascending order.
 ///
 /// # Errors
-/// As [`Session::run`]; the session must have been made for [`kinds`].
+/// As [`Session::run`]; the session must have been made for [`kinds`], or for the trace program alone if no tensor of a
+/// module of multi-token prediction is wanted.
 pub fn trace(
     session: &mut Session,
     tokens: &[u32],
@@ -60,11 +61,10 @@ fn trace_sequence(
     chunk: Option<usize>,
     wanted: &dyn Fn(&str) -> bool,
 ) -> Result<Tensors, Error> {
-    let kinds = kinds(session.model().plan().model.mtp_modules);
-    let modules = if wants_mtp(session, wanted) { kinds.len() - 1 } else { 0 };
+    let modules = if wants_mtp(session, wanted) { session.model().plan().model.mtp_modules as usize } else { 0 };
     let mut capacity = usize::MAX;
-    for kind in &kinds {
-        let (tokens, rows) = session.capacity(*kind)?;
+    for kind in kinds(modules as u32) {
+        let (tokens, rows) = session.capacity(kind)?;
         capacity = capacity.min(tokens).min(rows);
     }
     let limit = chunk.unwrap_or(usize::MAX).min((capacity + 1).saturating_sub(modules)).max(1);

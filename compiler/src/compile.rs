@@ -1,10 +1,10 @@
 //! From a checkpoint to a bundle: all stages in order.
 
 use std::path::Path;
+use std::sync::atomic::AtomicBool;
 
 use moewe_plan::{
-    Dim, FORMAT_VERSION, ModelInfo, Plan, Precision, Program, ProgramKind, Requirements, Role, Staging, Symbol,
-    WeightFormat,
+    Dim, FORMAT_VERSION, ModelInfo, Plan, Precision, Program, ProgramKind, Requirements, Staging, Symbol, WeightFormat,
 };
 
 use crate::checkpoint::Checkpoint;
@@ -62,6 +62,20 @@ struct Planned<'a> {
 /// A checkpoint that does not hold what its configuration says, an output that cannot be written, or a target whose
 /// limits are too small for the model. Nothing stays behind at `output` then.
 pub fn compile(checkpoint: &Checkpoint, options: &Options, output: &Path, progress: Progress) -> Result<Warnings> {
+    compile_until(checkpoint, options, output, progress, &AtomicBool::new(false))
+}
+
+/// Like [`compile`], and stops soon after `stop` is set from elsewhere.
+///
+/// # Errors
+/// As [`compile`], and [`Error::Interrupted`].
+pub fn compile_until(
+    checkpoint: &Checkpoint,
+    options: &Options,
+    output: &Path,
+    progress: Progress,
+    stop: &AtomicBool,
+) -> Result<Warnings> {
     if !options.plan_only {
         if !checkpoint.has_weights() {
             return Err(Error::NoWeights { path: checkpoint.dir().into() });
@@ -84,7 +98,7 @@ pub fn compile(checkpoint: &Checkpoint, options: &Options, output: &Path, progre
     (plan.files, plan.weights) = if options.plan_only {
         packer.without_weights()
     } else {
-        let (files, weights, said) = write_weights(packer, &mut staging, options.reference, progress)?;
+        let (files, weights, said) = write_weights(packer, &mut staging, options.reference, progress, stop)?;
         warnings = said;
         (files, weights)
     };
@@ -142,6 +156,7 @@ fn plan<'a>(checkpoint: &'a Checkpoint, options: &Options) -> Result<Planned<'a>
         format_version: FORMAT_VERSION,
         generator: concat!("moewe ", env!("CARGO_PKG_VERSION")).into(),
         model: info(config),
+        warnings: Vec::new(),
         requirements: requirements(profile, &kernels),
         files: Vec::new(),
         weights: Vec::new(),
@@ -152,27 +167,26 @@ fn plan<'a>(checkpoint: &'a Checkpoint, options: &Options) -> Result<Planned<'a>
     Ok(Planned { plan, packer, kernels })
 }
 
-/// Tokens and rows that fit the target's binding limit in every buffer.
+/// Tokens and rows of logits that fit the target's binding limit in every buffer.
 fn capacities(config: &Config, profile: &Profile, buffers: &Buffers) -> Result<(u32, u32)> {
     let mut tokens = MAX_TOKENS.min(MAX_GRID / config.num_experts_per_tok.max(1) as u64);
     let mut rows = MAX_TOKENS;
     for buffer in &buffers.list {
-        let fit = |length: u64| profile.max_binding_bytes / (4 * length).max(1);
-        match buffer.elements {
-            Dim::Times(Symbol::Tokens, length) => tokens = tokens.min(fit(length)),
-            Dim::Times(Symbol::Rows, length) => rows = rows.min(fit(length)),
-            _ => {}
-        }
-        let least = match buffer.elements {
-            Dim::Const(length) | Dim::Times(_, length) => 4 * length,
-            _ => 4,
-        };
-        if least > profile.max_binding_bytes || (tokens == 0 || rows == 0) && buffer.role != Role::Header {
+        // Bytes for one token, row, sequence or page, or of the whole.
+        let (Dim::Const(length) | Dim::Times(_, length)) = buffer.elements else { continue };
+        let least = 4 * length;
+        let fit = profile.max_binding_bytes / least;
+        if fit == 0 {
             return Err(Error::Argument {
                 what: format!("max_binding_bytes of target {}, for buffer {},", profile.name, buffer.name),
                 found: profile.max_binding_bytes.to_string(),
                 expected: format!("at least {least}"),
             });
+        }
+        match buffer.elements {
+            Dim::Times(Symbol::Tokens, _) => tokens = tokens.min(fit),
+            Dim::Times(Symbol::Rows, _) => rows = rows.min(fit),
+            _ => {}
         }
     }
     Ok((tokens as u32, rows as u32))
@@ -208,6 +222,6 @@ fn requirements(profile: &Profile, kernels: &Kernels) -> Requirements {
         storage_buffers: kernels.list.iter().map(storage).max().unwrap_or(0),
         workgroup_invocations: kernels.list.iter().map(|k| k.workgroup_size.iter().product()).max().unwrap_or(1),
         workgroup_bytes: kernels.linked.iter().map(|linked| linked.workgroup_bytes).max().unwrap_or(0),
-        subgroups: kernels.linked.iter().any(|linked| linked.subgroups),
+        subgroup_invocations: if kernels.linked.iter().any(|linked| linked.subgroups) { profile.lanes } else { 0 },
     }
 }

@@ -79,13 +79,12 @@ impl<'a> Packer<'a> {
     /// Format in which the checkpoint stores a tensor, or would if it had weights.
     fn stored_format(&self, name: &str) -> Result<WeightFormat> {
         let config = self.checkpoint.config();
-        let dtype = match self.checkpoint.find(name) {
-            Some(tensor) => tensor.dtype,
-            None if self.checkpoint.has_weights() => {
-                return Err(self.checkpoint.tensor(name).err().unwrap_or_else(|| unreachable!()));
-            }
-            None if config.quantization.is_some() && self.roles.get(name) == Some(&Role::Linear) => Dtype::F8E4m3,
-            None => config.torch_dtype.unwrap_or(Dtype::Bf16),
+        let dtype = if self.checkpoint.has_weights() {
+            self.checkpoint.tensor(name)?.dtype
+        } else if config.quantization.is_some() && self.roles.get(name) == Some(&Role::Linear) {
+            Dtype::F8E4m3
+        } else {
+            config.torch_dtype.unwrap_or(Dtype::Bf16)
         };
         match dtype {
             Dtype::F32 => Ok(WeightFormat::F32),

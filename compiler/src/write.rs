@@ -2,9 +2,10 @@
 
 use std::borrow::Cow;
 use std::collections::HashMap;
-use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::fs::File;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use float8::F8E4M3;
 use half::{bf16, f16};
 use moewe_plan::{Entry, Mapped, Segment, Staging, Weight, WeightFile, WeightFormat, hash_file};
 use rayon::prelude::*;
@@ -25,15 +26,37 @@ pub type Warnings = Vec<String>;
 /// Says how far long work is: bytes done, bytes in all.
 pub type Progress<'a> = &'a (dyn Fn(u64, u64) + Sync);
 
+/// Counts the bytes that were handed to the writer.
+struct Meter<'a> {
+    done: AtomicU64,
+    total: AtomicU64,
+    progress: Progress<'a>,
+    /// Set from elsewhere to stop.
+    stop: &'a AtomicBool,
+}
+
+impl Meter<'_> {
+    fn add(&self, bytes: u64) {
+        let done = self.done.fetch_add(bytes, Ordering::Relaxed);
+        (self.progress)(done, self.total.load(Ordering::Relaxed));
+    }
+
+    fn stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+
+    fn check(&self) -> Result<()> {
+        if self.stopped() { Err(Error::Interrupted) } else { Ok(()) }
+    }
+}
+
 /// A tensor to be written.
 struct Output<'a> {
     name: String,
     shape: Vec<usize>,
     format: WeightFormat,
     source: Source<'a>,
-    written: &'a AtomicU64,
-    total: u64,
-    progress: Progress<'a>,
+    meter: &'a Meter<'a>,
 }
 
 enum Source<'a> {
@@ -60,8 +83,10 @@ impl View for Output<'_> {
     }
 
     fn data(&self) -> Cow<'_, [u8]> {
-        let done = self.written.fetch_add(self.data_len() as u64, Ordering::Relaxed);
-        (self.progress)(done, self.total);
+        if self.meter.stopped() {
+            return Cow::Borrowed(&[]); // the writer cannot be stopped, but its file will be thrown away
+        }
+        self.meter.add(self.data_len() as u64);
         match &self.source {
             Source::Same(bytes) => Cow::Borrowed(bytes),
             Source::Numbers(numbers) => Cow::Borrowed(bytemuck::cast_slice(numbers)),
@@ -81,20 +106,9 @@ fn number(tensor: &TensorView, i: usize) -> f32 {
         Dtype::F32 => f32::from_le_bytes([data[4 * i], data[4 * i + 1], data[4 * i + 2], data[4 * i + 3]]),
         Dtype::F16 => f16::from_le_bytes([data[2 * i], data[2 * i + 1]]).to_f32(),
         Dtype::Bf16 => bf16::from_le_bytes([data[2 * i], data[2 * i + 1]]).to_f32(),
-        Dtype::F8E4m3 => e4m3(data[i]),
+        Dtype::F8E4m3 => F8E4M3::from_bits(data[i]).to_f32(),
         other => unreachable!("{other} is refused when the checkpoint is checked"),
     }
-}
-
-/// Value of an e4m3fn code (spec §8).
-fn e4m3(code: u8) -> f32 {
-    let (exponent, mantissa) = (i32::from(code >> 3 & 15), f32::from(code & 7));
-    let magnitude = match (exponent, code & 7) {
-        (15, 7) => f32::NAN,
-        (0, _) => mantissa * (-9f32).exp2(),
-        _ => (1.0 + mantissa / 8.0) * ((exponent - 7) as f32).exp2(),
-    };
-    if code & 0x80 == 0 { magnitude } else { -magnitude }
 }
 
 fn convert(tensor: &TensorView, scales: Option<&(TensorView, [usize; 2])>, format: WeightFormat) -> Vec<u8> {
@@ -173,10 +187,11 @@ pub fn write_weights(
     staging: &mut Staging,
     reference: bool,
     progress: Progress,
+    stop: &AtomicBool,
 ) -> Result<(Vec<WeightFile>, Vec<Weight>, Warnings)> {
     let Packer { checkpoint, mut items, .. } = packer;
     let mut warnings = Vec::new();
-    let written = AtomicU64::new(0);
+    let meter = Meter { done: AtomicU64::new(0), total: AtomicU64::new(0), progress, stop };
     let mut outputs: Vec<Output> = Vec::new();
     let mut referenced: Vec<usize> = Vec::new(); // files of the checkpoint
     let mut as_is: HashMap<String, (usize, u64, u64)> = HashMap::new();
@@ -189,15 +204,14 @@ pub fn write_weights(
                     shape: vec![numbers.len()],
                     format: WeightFormat::F32,
                     source: Source::Numbers(numbers),
-                    written: &written,
-                    total: 0,
-                    progress,
+                    meter: &meter,
                 });
                 continue;
             }
             Content::Tensors(names) => names,
         };
         for name in names {
+            meter.check()?;
             let Part { tensor, as_is: serves } = part(checkpoint, item, name)?;
             let (nan, overflow) = count_bad(&tensor, item.weight.format);
             if nan > 0 {
@@ -226,7 +240,7 @@ pub fn write_weights(
                 Source::Convert { tensor, scales }
             };
             let format = item.weight.format;
-            outputs.push(Output { name: name.clone(), shape, format, source, written: &written, total: 0, progress });
+            outputs.push(Output { name: name.clone(), shape, format, source, meter: &meter });
         }
     }
     let zeros = [0f32; 4];
@@ -235,9 +249,7 @@ pub fn write_weights(
         shape: vec![4],
         format: WeightFormat::F32,
         source: Source::Numbers(&zeros),
-        written: &written,
-        total: 0,
-        progress,
+        meter: &meter,
     });
     referenced.sort_unstable();
     referenced.dedup();
@@ -245,6 +257,7 @@ pub fn write_weights(
     let mut files = Vec::new();
     let mut places: HashMap<String, Segment> = HashMap::new();
     for at in &referenced {
+        meter.check()?;
         let file = &checkpoint.files()[*at];
         let path = file.path.canonicalize().map_err(|source| Error::Read { path: file.path.clone(), source })?;
         let blake3 = hash_file(&file.bytes);
@@ -255,11 +268,15 @@ pub fn write_weights(
         files.push(WeightFile { path, referenced: true, bytes: file.bytes.len() as u64, blake3 });
     }
     let total = outputs.iter().map(|output| output.data_len() as u64).sum();
-    outputs.iter_mut().for_each(|output| output.total = total);
+    meter.total.store(total, Ordering::Relaxed);
     outputs.sort_by(|a, b| a.name.cmp(&b.name));
     for (number, group) in split(outputs).into_iter().enumerate() {
         let name = format!("weights-{:05}.safetensors", number + 1);
-        let entry = write_file(&staging.dir().join(&name), group, files.len() as u32, &mut places)?;
+        let entry = write_file(staging, &name, group, files.len() as u32, &mut places).map_err(|error| {
+            // A stopped writer fails in ways of its own.
+            meter.check().err().unwrap_or(error)
+        })?;
+        meter.check()?;
         staging.weight_file(&name, entry.clone());
         files.push(WeightFile { path: name, referenced: false, bytes: entry.bytes, blake3: entry.blake3 });
     }
@@ -295,13 +312,23 @@ fn split(outputs: Vec<Output>) -> Vec<Vec<Output>> {
 }
 
 /// Writes one file and notes where its tensors stand.
-fn write_file(path: &Path, outputs: Vec<Output>, file: u32, places: &mut HashMap<String, Segment>) -> Result<Entry> {
-    let failed = |source: std::io::Error| Error::Write { path: path.into(), source };
+fn write_file(
+    staging: &Staging,
+    name: &str,
+    outputs: Vec<Output>,
+    file: u32,
+    places: &mut HashMap<String, Segment>,
+) -> Result<Entry> {
+    let path = &staging.dir().join(name);
+    let failed = |source: std::io::Error| Error::Write { path: staging.output().join(name), source };
     let named = outputs.into_iter().map(|output| (output.name.clone(), output));
+    // `serialize_to_file` puts a file in place that only its owner may read.
+    let permissions = File::create(path).and_then(|file| file.metadata()).map_err(failed)?.permissions();
     serialize_to_file(named, None, path).map_err(|error| match error {
         safetensors::SafeTensorError::IoError(source) => failed(source),
         other => failed(std::io::Error::other(other)),
     })?;
+    std::fs::set_permissions(path, permissions).map_err(failed)?;
     let map = Mapped::open(path).map_err(failed)?;
     let (header, metadata) =
         safetensors::SafeTensors::read_metadata(&map).map_err(|error| failed(std::io::Error::other(error)))?;
@@ -318,7 +345,12 @@ mod tests {
 
     #[test]
     fn e4m3_codes() {
-        assert_eq!([0x00, 0x01, 0x08, 0x38, 0x7e, 0xb8].map(e4m3), [0.0, 1.0 / 512.0, 1.0 / 64.0, 1.0, 448.0, -1.0]);
-        assert!(e4m3(0x7f).is_nan() && e4m3(0xff).is_nan());
+        for code in 0..=255 {
+            let (ours, oracle) = (F8E4M3::from_bits(code).to_f32(), moewe_oracle::numeric::e4m3_to_f32(code));
+            assert!(
+                ours.to_bits() == oracle.to_bits() || ours.is_nan() && oracle.is_nan(),
+                "{code:#x}: {ours} {oracle}"
+            );
+        }
     }
 }

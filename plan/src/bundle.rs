@@ -122,6 +122,9 @@ impl Bundle {
     /// Maps the weight files and holds them against their hashes. `progress` is called with the bytes of each file
     /// when it has been hashed.
     pub fn map_weights(&self, progress: &dyn Fn(u64)) -> Result<WeightFiles, Error> {
+        if self.plan.weights.iter().any(|w| w.shards.iter().any(|s| s.segments.is_empty())) {
+            return Err(Error::NoWeights { path: self.dir.clone() });
+        }
         let mut maps = Vec::with_capacity(self.plan.files.len());
         for file in &self.plan.files {
             let path = self.dir.join(&file.path); // `join` takes an absolute, referenced path as it is
@@ -134,11 +137,6 @@ impl Bundle {
             }
             progress(file.bytes);
             maps.push(map);
-        }
-        let unweighted = self.plan.weights.iter().find(|w| w.shards.iter().any(|s| s.segments.is_empty()));
-        if let Some(weight) = unweighted {
-            let what = format!("it was compiled without weights ({} is absent)", weight.name);
-            return Err(Error::NotABundle { path: self.dir.clone(), what });
         }
         Ok(WeightFiles(maps))
     }
@@ -161,7 +159,12 @@ fn damaged(path: &Path, what: String) -> Error {
 }
 
 fn read_text(path: &Path) -> Result<String, Error> {
-    let bytes = fs::metadata(path).map_err(Error::io(path))?.len();
+    let metadata = fs::metadata(path).map_err(Error::io(path))?;
+    // Asked before opening: opening a pipe would wait for a writer.
+    if !metadata.is_file() {
+        return Err(damaged(path, "not a regular file".into()));
+    }
+    let bytes = metadata.len();
     if bytes > MAX_TEXT_BYTES {
         return Err(damaged(path, format!("{bytes} bytes, at most {MAX_TEXT_BYTES} expected")));
     }
@@ -204,12 +207,15 @@ impl Staging {
         }
         let name = output.file_name().ok_or_else(|| Error::OutputExists { path: output.into() })?;
         let parent = output.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        fs::create_dir_all(parent).map_err(Error::io(parent))?;
+        if parent.exists() && !parent.is_dir() {
+            return Err(Error::write(output)(std::io::ErrorKind::NotADirectory.into()));
+        }
+        fs::create_dir_all(parent).map_err(Error::write(output))?;
         let dir = parent.join(format!(".{}.partial-{}", name.to_string_lossy(), std::process::id()));
         if dir.exists() {
-            fs::remove_dir_all(&dir).map_err(Error::io(&dir))?;
+            fs::remove_dir_all(&dir).map_err(Error::write(output))?;
         }
-        fs::create_dir_all(dir.join("kernels")).map_err(Error::io(&dir))?;
+        fs::create_dir_all(dir.join("kernels")).map_err(Error::write(output))?;
         Ok(Self { dir, output: output.into(), weight_files: BTreeMap::new() })
     }
 
@@ -218,10 +224,14 @@ impl Staging {
         &self.dir
     }
 
+    /// Where they will stand in the end.
+    pub fn output(&self) -> &Path {
+        &self.output
+    }
+
     /// Writes a small file.
     pub fn write(&self, name: &str, contents: &[u8]) -> Result<(), Error> {
-        let path = self.dir.join(name);
-        fs::write(&path, contents).map_err(Error::io(&path))
+        fs::write(self.dir.join(name), contents).map_err(Error::write(self.output.join(name)))
     }
 
     /// Says that a weight file was written and hashed, so that it need not be hashed again.
@@ -232,7 +242,8 @@ impl Staging {
     /// Writes the plan and the manifest and moves the bundle to its place.
     pub fn finish(self, plan: &Plan) -> Result<(), Error> {
         verify(plan).map_err(|what| damaged(&self.output.join(PLAN), what))?;
-        let text = serde_json::to_vec_pretty(plan).expect("a plan serialises");
+        // Compact: the plan of a large model has a hundred thousand segments; `moewe explain` is for reading.
+        let text = serde_json::to_vec(plan).expect("a plan serialises");
         self.write(PLAN, &text)?;
         let mut files = self.weight_files.clone();
         for folder in ["", "kernels"] {
@@ -251,9 +262,9 @@ impl Staging {
         self.write(MANIFEST, &serde_json::to_vec_pretty(&manifest).expect("a manifest serialises"))?;
         if self.output.exists() {
             // Only an empty directory or an older bundle can stand there: `new` saw to that.
-            fs::remove_dir_all(&self.output).map_err(Error::io(&self.output))?;
+            fs::remove_dir_all(&self.output).map_err(Error::write(&self.output))?;
         }
-        fs::rename(&self.dir, &self.output).map_err(Error::io(&self.output))
+        fs::rename(&self.dir, &self.output).map_err(Error::write(&self.output))
     }
 }
 

@@ -5,9 +5,17 @@ use std::path::PathBuf;
 /// Why a bundle could not be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A file could not be read, written, created or renamed.
-    #[error("{}: {source}", path.display())]
+    /// A file could not be read.
+    #[error("cannot read {}: {source}", path.display())]
     Io {
+        /// The file or directory.
+        path: PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+    /// The bundle could not be written (read-only place, full disk, no rights).
+    #[error("cannot write {}: {source}; nothing was left behind, choose another place or make room", path.display())]
+    Write {
         /// The file or directory.
         path: PathBuf,
         /// What the operating system said.
@@ -20,6 +28,15 @@ pub enum Error {
         path: PathBuf,
         /// What is missing.
         what: String,
+    },
+    /// The bundle is only a plan.
+    #[error(
+        "{}: this bundle has no weights (it was compiled with --plan-only), so it cannot run; compile the checkpoint \
+         without that", path.display()
+    )]
+    NoWeights {
+        /// The directory.
+        path: PathBuf,
     },
     /// A file of the bundle differs from what was written, or says what no compiler of ours would.
     #[error("{}: damaged bundle: {what}; compile the checkpoint again", path.display())]
@@ -54,5 +71,11 @@ impl Error {
     pub fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Error {
         let path = path.into();
         move |source| Error::Io { path, source }
+    }
+
+    /// An [`Error::Write`] maker for `map_err`.
+    pub fn write(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Error {
+        let path = path.into();
+        move |source| Error::Write { path, source }
     }
 }

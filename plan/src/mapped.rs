@@ -14,11 +14,12 @@ impl Mapped {
     /// The file must not be truncated by another program while it is mapped: the operating system would then
     /// end this program when it touches the missing part. Nothing can guard against that from inside.
     pub fn open(path: &Path) -> std::io::Result<Self> {
-        let file = File::open(path)?;
-        let metadata = file.metadata()?;
-        if !metadata.is_file() {
+        // Asked before opening: opening a pipe would wait for a writer.
+        if !path.metadata()?.is_file() {
             return Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, "not a regular file"));
         }
+        let file = File::open(path)?;
+        let metadata = file.metadata()?;
         if metadata.len() == 0 {
             return Ok(Self(None));
         }

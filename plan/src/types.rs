@@ -13,6 +13,9 @@ pub struct Plan {
     pub generator: String,
     /// What a person or a server wants to know of the model.
     pub model: ModelInfo,
+    /// What is wrong with the weights, in sentences; empty if nothing is.
+    #[serde(default)]
+    pub warnings: Vec<String>,
     /// What the device must offer.
     pub requirements: Requirements,
     /// Files that hold weights.
@@ -67,8 +70,8 @@ pub struct Requirements {
     pub workgroup_invocations: u32,
     /// Bytes of workgroup memory of the hungriest kernel.
     pub workgroup_bytes: u32,
-    /// Whether kernels use subgroup operations.
-    pub subgroups: bool,
+    /// Invocations that every subgroup must have at least; 0 if kernels use no subgroup operations.
+    pub subgroup_invocations: u32,
 }
 
 /// A safetensors file with weights.

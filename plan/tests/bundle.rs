@@ -33,13 +33,14 @@ fn plan() -> Plan {
             latent_numbers: 3,
             cached_layers: 1,
         },
+        warnings: Vec::new(),
         requirements: Requirements {
             profile: "test".into(),
             max_binding_bytes: 1 << 20,
             storage_buffers: 3,
             workgroup_invocations: 64,
             workgroup_bytes: 1024,
-            subgroups: false,
+            subgroup_invocations: 0,
         },
         files: vec![WeightFile { path: WEIGHTS.into(), referenced: false, bytes: 40, blake3: hash_file(&weights) }],
         weights: vec![Weight {

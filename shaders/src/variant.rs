@@ -160,7 +160,7 @@ impl Variant {
         self
     }
 
-    /// A name that no other variant has: kernel, plugs, flags, then every constant.
+    /// A name that no other variant has: kernel, plugs and flags, then, behind `__`, every constant.
     pub fn name(&self) -> String {
         let mut parts = vec![self.kernel.to_owned()];
         parts.extend(self.weight.map(|format| format.name().to_owned()));
@@ -172,10 +172,8 @@ impl Variant {
             .iter()
             .map(|(name, value)| format!("{}{value}", name.to_lowercase().replace('_', "-")))
             .collect();
-        if !consts.is_empty() {
-            parts.push(consts.join("_"));
-        }
-        parts.join(".")
+        let name = parts.join(".");
+        if consts.is_empty() { name } else { format!("{name}__{}", consts.join("_")) }
     }
 
     pub(crate) fn weight_source(&self) -> Option<&'static str> {

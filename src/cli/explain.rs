@@ -88,16 +88,8 @@ fn part(step: &Step) -> &str {
 }
 
 /// Kernel, plugs and flags of a variant's name, without its constants.
-fn short(kernel: &Kernel) -> String {
-    let parts: Vec<&str> = kernel.name.split('.').collect();
-    let named = parts
-        .iter()
-        .take_while(|part| !part.contains(|c: char| c.is_ascii_digit()) || part.contains('-') || is_format(part));
-    named.copied().collect::<Vec<_>>().join(".")
-}
-
-fn is_format(part: &str) -> bool {
-    ["f32", "bf16", "f16", "fp8", "top2"].contains(&part)
+fn short(kernel: &Kernel) -> &str {
+    kernel.name.split("__").next().unwrap_or_default()
 }
 
 fn program_text(plan: &Plan, program: &Program, args: &ExplainArgs) -> String {
@@ -127,7 +119,13 @@ fn program_text(plan: &Plan, program: &Program, args: &ExplainArgs) -> String {
             let grid: Vec<String> = step.grid.iter().map(|dim| dim.eval(&symbols(args)).to_string()).collect();
             let (bytes, flops) = cost(step, args);
             let flops = if flops == 0 { "–".into() } else { output::count(flops as f64) };
-            table.add_row([part(step).to_owned(), short(kernel), grid.join(" × "), output::bytes(bytes as f64), flops]);
+            table.add_row([
+                part(step).to_owned(),
+                short(kernel).to_owned(),
+                grid.join(" × "),
+                output::bytes(bytes as f64),
+                flops,
+            ]);
         }
         let table = table.to_string();
         let head = format!(

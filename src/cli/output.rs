@@ -70,7 +70,8 @@ pub fn count(number: f64) -> String {
 /// A table without outer borders, numbers to the right.
 pub fn table(header: &[&str]) -> comfy_table::Table {
     let mut table = comfy_table::Table::new();
-    table.load_style(comfy_table::presets::UTF8_HORIZONTAL_ONLY).set_header(header.iter().copied());
+    let lines = comfy_table::LineStyle::none().fill('─').junction('─');
+    table.load_style(comfy_table::TableStyle::new().header_separator(lines)).set_header(header.iter().copied());
     for column in table.column_iter_mut().skip(1) {
         column.set_cell_alignment(comfy_table::CellAlignment::Right);
     }

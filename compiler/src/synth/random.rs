@@ -122,13 +122,7 @@ fn distribution(x: f64) -> f64 {
 
 /// Nearest e4m3 code; saturates, never gives a NaN code.
 fn encode_e4m3(x: f64) -> u8 {
-    let decode = |code: u8| {
-        let (exponent, mantissa) = (i32::from(code >> 3), f64::from(code & 7));
-        if exponent == 0 { mantissa * 2f64.powi(-9) } else { (8.0 + mantissa) * 2f64.powi(exponent - 10) }
-    };
-    let error = |code: u8| (decode(code) - x.abs()).abs();
-    let code = (0..0x7f).min_by(|a, b| error(*a).total_cmp(&error(*b))).expect("not empty");
-    if x < 0.0 { code | 0x80 } else { code }
+    float8::F8E4M3::from_f64(x.clamp(-E4M3_MAX, E4M3_MAX)).to_bits()
 }
 
 #[cfg(test)]

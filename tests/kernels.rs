@@ -1,0 +1,28 @@
+//! Each kernel alone on the Vulkan device against the f64 oracle, on adversarial inputs.
+
+#[path = "kernels/attention.rs"]
+mod attention;
+#[path = "kernels/data.rs"]
+mod data;
+#[path = "kernels/experts.rs"]
+mod experts;
+#[path = "kernels/harness.rs"]
+mod harness;
+#[path = "kernels/linear.rs"]
+mod linear;
+#[path = "kernels/norms.rs"]
+mod norms;
+#[path = "kernels/router.rs"]
+mod router;
+#[path = "kernels/sampler.rs"]
+mod sampler;
+
+#[test]
+fn every_kernel_has_a_tolerance_with_a_reason() {
+    let mut named: Vec<&str> = data::TOLERANCES.iter().map(|tolerance| tolerance.kernel).collect();
+    let mut kernels: Vec<&str> = moewe_shaders::SKELETONS.iter().map(|skeleton| skeleton.name).collect();
+    named.sort_unstable();
+    kernels.sort_unstable();
+    assert_eq!(named, kernels);
+    assert!(data::TOLERANCES.iter().all(|tolerance| tolerance.bound < 1e-4 && !tolerance.reason.is_empty()));
+}

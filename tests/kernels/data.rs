@@ -1,0 +1,282 @@
+//! Inputs, weights in every storage format, and how results are compared.
+
+use moewe_oracle::numeric;
+use moewe_plan::WeightFormat;
+use moewe_shaders::Variant;
+
+pub const FORMATS: [WeightFormat; 4] = [WeightFormat::F32, WeightFormat::Bf16, WeightFormat::F16, WeightFormat::Fp8];
+
+/// How far a kernel's numbers may be from the oracle's.
+pub struct Tolerance {
+    pub kernel: &'static str,
+    /// Largest error of a number, in units of its condition: the sum of the magnitudes of all that was added up.
+    pub bound: f64,
+    pub reason: &'static str,
+}
+
+const fn tolerance(kernel: &'static str, bound: f64, reason: &'static str) -> Tolerance {
+    Tolerance { kernel, bound, reason }
+}
+
+/// An f32 operation is off by at most 6e-8.
+pub const TOLERANCES: [Tolerance; 14] = [
+    tolerance("absorb_output", 1e-6, "sums of up to 520 products, in four or more partial sums"),
+    tolerance("absorb_query", 1e-6, "sums of up to 128 products, one after the other; angles from two f32 factors"),
+    tolerance("advance", 0.0, "integers"),
+    tolerance("embed", 1.2e-7, "at most one product"),
+    tolerance("experts_down", 1e-6, "two sums and their products"),
+    tolerance("experts_gate_up", 2e-6, "two sums, RMSNorm and an exponential, whose argument is such a sum"),
+    tolerance("gather_rows", 0.0, "a copy"),
+    tolerance("latent_attention", 2e-6, "sums over numbers and over positions, and an exponential for each position"),
+    tolerance("latent_write", 1e-6, "RMSNorm, or a rotation by an angle from two f32 factors"),
+    tolerance("linear", 2e-6, "a sum of up to 1030 products; RMSNorm and SwiGLU add as much again"),
+    tolerance("mtp_join", 1e-6, "RMSNorm"),
+    tolerance("rms_norm", 1e-6, "a sum in at least 64 parts, a root and two products"),
+    tolerance("router", 2e-6, "an exponential and a sum over all or the chosen experts"),
+    tolerance("sample", 0.0, "integers; distributions are tested by their statistics"),
+];
+
+/// A number so small that a device may flush it to zero, times what it may be multiplied with.
+const FLUSHED: f64 = 1e-33;
+
+/// The largest error in units of `size`, or where the result is wrong. Numbers that are not finite must be the same.
+pub fn compare(kernel: &str, got: &[f32], want: &[f64], size: &[f64]) -> Result<f64, String> {
+    assert!(!want.is_empty(), "nothing to compare");
+    assert_eq!((got.len(), size.len()), (want.len(), want.len()), "lengths");
+    let bound = TOLERANCES.iter().find(|tolerance| tolerance.kernel == kernel).expect("a kernel of the table").bound;
+    let mut worst = 0.0f64;
+    for (i, ((&got, &want), &size)) in got.iter().zip(want).zip(size).enumerate() {
+        let got = f64::from(got);
+        let fine = if want.is_nan() {
+            got.is_nan()
+        } else if want.is_infinite() {
+            got == want
+        } else {
+            let error = (got - want).abs();
+            if error > FLUSHED {
+                worst = worst.max(error / size);
+            }
+            error <= bound * size + FLUSHED
+        };
+        if !fine {
+            return Err(format!("number {i}: {got:e} instead of {want:e}, of size {size:e}"));
+        }
+    }
+    Ok(worst)
+}
+
+/// Fails if a result is wrong; says how good it is otherwise.
+#[track_caller]
+pub fn assert_agrees(kernel: &str, what: &str, got: &[f32], want: &[f64], size: &[f64]) {
+    match compare(kernel, got, want, size) {
+        Ok(worst) => println!("{kernel} {what}: {} numbers, error {worst:.1e}", got.len()),
+        Err(error) => panic!("{kernel} {what}: {error}"),
+    }
+}
+
+/// SplitMix64.
+pub struct Rng(u64);
+
+impl Rng {
+    pub fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    pub fn below(&mut self, n: usize) -> usize {
+        (self.next() % n as u64) as usize
+    }
+
+    /// In [0, 1).
+    pub fn unit(&mut self) -> f64 {
+        (self.next() >> 11) as f64 / (1u64 << 53) as f64
+    }
+
+    /// Of either sign, between 2⁻⁵ and 4 in magnitude.
+    pub fn number(&mut self) -> f32 {
+        let magnitude = 2f64.powf(self.unit() * 7.0 - 5.0);
+        (if self.next() & 1 == 0 { magnitude } else { -magnitude }) as f32
+    }
+
+    pub fn numbers(&mut self, n: usize) -> Vec<f32> {
+        (0..n).map(|_| self.number()).collect()
+    }
+
+    /// Weights of a norm: around 1.
+    pub fn norm(&mut self, n: usize) -> Vec<f32> {
+        (0..n).map(|_| 0.5 + self.unit() as f32).collect()
+    }
+
+    pub fn shuffle<T>(&mut self, list: &mut [T]) {
+        (1..list.len()).for_each(|i| list.swap(i, self.below(i + 1)));
+    }
+
+    /// The numbers below `n` in random order.
+    pub fn permutation(&mut self, n: usize) -> Vec<usize> {
+        let mut all: Vec<usize> = (0..n).collect();
+        self.shuffle(&mut all);
+        all
+    }
+}
+
+pub fn f64s(numbers: &[f32]) -> Vec<f64> {
+    numbers.iter().map(|&number| f64::from(number)).collect()
+}
+
+pub fn magnitudes(numbers: &[f64]) -> Vec<f64> {
+    numbers.iter().map(|number| number.abs()).collect()
+}
+
+/// Number that a code stands for.
+pub fn decode(format: WeightFormat, code: u32) -> f32 {
+    match format {
+        WeightFormat::F32 => f32::from_bits(code),
+        WeightFormat::Bf16 => numeric::bf16_to_f32(code as u16),
+        WeightFormat::F16 => numeric::f16_to_f32(code as u16),
+        WeightFormat::Fp8 => numeric::e4m3_to_f32(code as u8),
+    }
+}
+
+/// Nearest code of a number.
+pub fn encode(format: WeightFormat, number: f32) -> u32 {
+    match format {
+        WeightFormat::F32 => number.to_bits(),
+        WeightFormat::Bf16 => numeric::f32_to_bf16(number).into(),
+        WeightFormat::F16 => numeric::f32_to_f16(number).into(),
+        WeightFormat::Fp8 => numeric::f32_to_e4m3(number).into(),
+    }
+}
+
+/// A weight matrix as it stands on the device, or experts below one another.
+#[derive(Clone)]
+pub struct Matrix {
+    pub format: WeightFormat,
+    pub columns: usize,
+    pub codes: Vec<u32>,
+    /// Empty but for FP8.
+    pub scales: Vec<f32>,
+    /// Rows of one expert, or all.
+    rows: usize,
+    block: [usize; 2],
+}
+
+impl Matrix {
+    /// A matrix of given codes with scales of 1 (FP8).
+    pub fn of(format: WeightFormat, rows: usize, columns: usize, codes: Vec<u32>) -> Self {
+        assert_eq!(codes.len(), rows * columns);
+        let mut matrix = Self { format, columns, codes, scales: Vec::new(), rows, block: [5, 8] };
+        if format == WeightFormat::Fp8 {
+            let [rows, columns] = matrix.scale_shape();
+            matrix.scales = vec![1.0; rows * columns];
+        }
+        matrix
+    }
+
+    /// Random numbers; among 16 a zero, a subnormal, or one of the largest that do no harm.
+    pub fn random(rng: &mut Rng, format: WeightFormat, rows: usize, columns: usize) -> Self {
+        let code = |rng: &mut Rng| match (rng.below(16), format) {
+            (_, WeightFormat::Fp8) => loop {
+                let code = rng.below(256) as u32;
+                if code & 0x7f != 0x7f {
+                    break code;
+                }
+            },
+            (0, _) => encode(format, if rng.next() & 1 == 0 { 0.0 } else { -0.0 }),
+            (1, WeightFormat::F32) => 1 + rng.below(1000) as u32,
+            (1, WeightFormat::Bf16) => 1 + rng.below(127) as u32,
+            (1, WeightFormat::F16) => 0x8000 | (1 + rng.below(1023) as u32),
+            _ => encode(format, rng.number()),
+        };
+        let codes = (0..rows * columns).map(|_| code(rng)).collect();
+        let mut matrix = Self::of(format, rows, columns, codes);
+        matrix.scales.iter_mut().for_each(|scale| *scale = 2f32.powf(rng.unit() as f32 * 4.0 - 8.0));
+        matrix
+    }
+
+    /// Another block size, scales anew.
+    pub fn blocks(mut self, rng: &mut Rng, block: [usize; 2]) -> Self {
+        self.block = block;
+        if self.format == WeightFormat::Fp8 {
+            let [rows, columns] = self.scale_shape();
+            self.scales = (0..rows * columns).map(|_| 0.01 + rng.unit() as f32).collect();
+        }
+        self
+    }
+
+    /// Several experts of random numbers.
+    pub fn experts(rng: &mut Rng, format: WeightFormat, experts: usize, rows: usize, columns: usize) -> Self {
+        let mut all = Self::random(rng, format, rows, columns);
+        for _ in 1..experts {
+            let more = Self::random(rng, format, rows, columns);
+            all.codes.extend(more.codes);
+            all.scales.extend(more.scales);
+        }
+        all
+    }
+
+    fn scale_shape(&self) -> [usize; 2] {
+        [self.rows.div_ceil(self.block[0]), self.columns.div_ceil(self.block[1])]
+    }
+
+    /// Plugs the format and the shape of the scales into a variant.
+    pub fn plug(&self, variant: Variant) -> Variant {
+        let variant = variant.weight(self.format);
+        if self.scales.is_empty() {
+            return variant;
+        }
+        let [rows, columns] = self.scale_shape();
+        variant
+            .int("SCALE_ROWS", rows)
+            .int("SCALE_COLUMNS", columns)
+            .int("BLOCK_ROWS", self.block[0])
+            .int("BLOCK_COLUMNS", self.block[1])
+    }
+
+    /// The decoded numbers.
+    pub fn numbers(&self) -> Vec<f64> {
+        let [scale_rows, scale_columns] = self.scale_shape();
+        let number = |(i, &code): (usize, &u32)| {
+            let (row, column) = (i / self.columns, i % self.columns);
+            let (expert, row) = (row / self.rows, row % self.rows);
+            let block = (expert * scale_rows + row / self.block[0]) * scale_columns + column / self.block[1];
+            let scale = self.scales.get(block).copied().unwrap_or(1.0);
+            f64::from(decode(self.format, code)) * f64::from(scale)
+        };
+        self.codes.iter().enumerate().map(number).collect()
+    }
+
+    /// Decoded numbers of one expert.
+    pub fn expert(&self, expert: usize) -> Vec<f64> {
+        let size = self.rows * self.columns;
+        self.numbers()[expert * size..][..size].to_vec()
+    }
+
+    /// Rows as they lie in device memory, each padded to four numbers.
+    pub fn row_words(&self, first: usize, count: usize) -> Vec<u32> {
+        let mut bytes = Vec::new();
+        let size = self.format.bytes() as usize;
+        for row in self.codes[first * self.columns..][..count * self.columns].chunks(self.columns) {
+            row.iter().for_each(|code| bytes.extend(&code.to_le_bytes()[..size]));
+            bytes.resize(bytes.len() + (self.columns.next_multiple_of(4) - self.columns) * size, 0);
+        }
+        bytes.chunks_exact(4).map(|word| u32::from_le_bytes([word[0], word[1], word[2], word[3]])).collect()
+    }
+}
+
+/// `[T, K] × [N, K]ᵀ` of magnitudes: the condition of a matrix product.
+pub fn product_size(x: &[f64], w: &[f64], inputs: usize) -> Vec<f64> {
+    moewe_oracle::ops::linear(&magnitudes(x), &magnitudes(w), None, inputs)
+}
+
+/// The condition of `silu(gate) · up` from values and conditions of both.
+pub fn swiglu_size(gate: &[f64], gate_size: &[f64], up: &[f64], up_size: &[f64]) -> Vec<f64> {
+    let one = |i: usize| 1.1 * gate_size[i] * up[i].abs() + moewe_oracle::ops::silu(gate[i]).abs() * up_size[i];
+    (0..gate.len()).map(one).collect()
+}

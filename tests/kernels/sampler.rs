@@ -1,0 +1,347 @@
+//! `sample` and `advance`.
+
+use moewe_oracle::sampling::{SamplingParams, candidates};
+use moewe_plan::{FINISHED_STEPS, Sampling};
+use moewe_shaders::Variant;
+
+use super::data::{Rng, f64s};
+use super::harness::{Call, UNTOUCHED};
+
+/// What a dispatch samples for.
+struct Sample<'a> {
+    vocab: usize,
+    workgroup: usize,
+    /// [R, V]
+    logits: &'a [f32],
+    /// For each row: position and sequence.
+    rows: Vec<(u32, u32)>,
+    /// For each sequence.
+    sampling: Vec<Sampling>,
+    /// For each sequence.
+    seen: Vec<Vec<usize>>,
+}
+
+impl Sample<'_> {
+    /// Sampled tokens, and the tokens that each sequence has seen afterwards.
+    fn run(&self) -> (Vec<usize>, Vec<Vec<usize>>) {
+        let (vocab, count) = (self.vocab, self.rows.len());
+        assert_eq!(self.logits.len(), count * vocab);
+        let variant = Variant::new("sample").int("V", vocab).int("WG", self.workgroup);
+        // Rows stand behind a token that nobody asks about, in reverse.
+        let places = [(77, u32::MAX)].into_iter().chain(self.rows.iter().rev().copied());
+        let tokens: Vec<u32> = places.flat_map(|(position, sequence)| [1, position, sequence, 0]).collect();
+        let rows: Vec<u32> = (1..=count as u32).rev().collect();
+        let sampling = self.sampling.iter().flat_map(|s| {
+            let floats = [s.temperature, s.top_p, s.min_p, s.repetition_penalty].map(f32::to_bits);
+            floats.into_iter().chain([s.top_k, s.seed_low, s.seed_high, 0])
+        });
+        let words = vocab.div_ceil(32);
+        let mut seen = vec![0u32; self.sampling.len() * words];
+        for (sequence, tokens) in self.seen.iter().enumerate() {
+            tokens.iter().for_each(|token| seen[sequence * words + token / 32] |= 1 << (token % 32));
+        }
+        let outputs = Call::new(&variant)
+            .floats("logits", self.logits)
+            .words("tokens", &tokens)
+            .words("rows", &rows)
+            .words("sampling", &sampling.collect::<Vec<_>>())
+            .words("seen", &seen)
+            .output("sampled", count)
+            .run([count, 1, 1]);
+        let sampled: Vec<usize> = outputs.words("sampled").iter().map(|&token| token as usize).collect();
+        assert!(sampled.iter().all(|&token| token < vocab), "a token beyond the vocabulary: {sampled:?}");
+        let bits = |words: &[u32]| (0..vocab).filter(|i| words[i / 32] >> (i % 32) & 1 == 1).collect();
+        (sampled, outputs.words("seen").chunks(words).map(bits).collect())
+    }
+}
+
+/// One row for each setting, each with a sequence of its own.
+fn sample_each(vocab: usize, workgroup: usize, logits: &[f32], sampling: Vec<Sampling>) -> Vec<usize> {
+    let rows = (0..sampling.len() as u32).map(|sequence| (3, sequence)).collect();
+    let seen = vec![Vec::new(); sampling.len()];
+    Sample { vocab, workgroup, logits, rows, sampling, seen }.run().0
+}
+
+const FREE: Sampling = Sampling {
+    temperature: 1.0,
+    top_p: 1.0,
+    min_p: 0.0,
+    repetition_penalty: 1.0,
+    top_k: 0,
+    seed_low: 1,
+    seed_high: 2,
+    reserved: 0,
+};
+
+fn params(sampling: &Sampling) -> SamplingParams {
+    SamplingParams {
+        temperature: sampling.temperature.into(),
+        top_k: sampling.top_k as usize,
+        top_p: sampling.top_p.into(),
+        min_p: sampling.min_p.into(),
+        repetition_penalty: sampling.repetition_penalty.into(),
+    }
+}
+
+#[test]
+fn greedy_takes_the_lowest_of_the_largest() {
+    let mut rng = Rng::new(60);
+    for workgroup in [8, 64, 256] {
+        for vocab in [1, 2, 5, 31, 32, 33, 63, 65, 257, 1000] {
+            let mut logits = Vec::new();
+            let mut want = Vec::new();
+            for row in 0..6 {
+                let mut numbers = rng.numbers(vocab);
+                let best = rng.below(vocab);
+                match row {
+                    0 => numbers.fill(-1.5),
+                    1 => numbers[best..].iter_mut().step_by(3).for_each(|number| *number = 9.0),
+                    2 => numbers.fill(f32::NEG_INFINITY),
+                    3 => numbers[best] = f32::INFINITY,
+                    4 => numbers.iter_mut().for_each(|number| *number *= 1e37),
+                    _ => numbers[best] = f32::NAN,
+                }
+                let clean: Vec<f32> = numbers.iter().map(|n| if n.is_nan() { f32::NEG_INFINITY } else { *n }).collect();
+                want.push(moewe_oracle::ops::argmax(&f64s(&clean)));
+                logits.extend(numbers);
+            }
+            // Neither seed nor the other settings matter.
+            let odd = Sampling { temperature: 0.0, top_k: 3, top_p: 0.2, min_p: 0.9, seed_low: 8, ..FREE };
+            let settings = vec![Sampling::default(), odd, odd, odd, odd, Sampling::default()];
+            assert_eq!(sample_each(vocab, workgroup, &logits, settings), want, "V {vocab}, WG {workgroup}");
+        }
+    }
+}
+
+#[test]
+fn seen_tokens_are_penalised_and_noted() {
+    let logits = [2.0, 1.5, -0.5, -0.4, 0.0].repeat(5);
+    let penalty = Sampling { temperature: 0.0, repetition_penalty: 2.0, ..FREE };
+    let seen = vec![vec![], vec![0], vec![0, 1, 4], vec![3, 0, 1, 4], vec![]];
+    let rows = vec![(0, 0), (5, 1), (6, 2), (7, 3), (8, 4)];
+    let mut sampling = vec![penalty; 5];
+    sampling[4].repetition_penalty = 0.25; // a reward
+    let case = Sample { vocab: 5, workgroup: 8, logits: &logits, rows, sampling, seen: seen.clone() };
+    let (tokens, after) = case.run();
+    let want: Vec<usize> = (0..5)
+        .map(|i| candidates(&f64s(&logits[..5]), &seen[i], &params(&case.sampling[i]))[0].token)
+        .collect();
+    assert_eq!(tokens, want);
+    assert_eq!(&tokens[..3], [0, 1, 0]);
+    for ((before, after), token) in seen.iter().zip(&after).zip(tokens) {
+        let mut all: Vec<usize> = before.iter().copied().chain([token]).collect();
+        all.sort_unstable();
+        all.dedup();
+        assert_eq!(after, &all);
+    }
+}
+
+/// Draws many tokens of one distribution and compares with the oracle's: only candidates come out, about as often as
+/// they should. Seeds and positions are fixed, so the outcome is, too.
+fn check_distribution(what: &str, logits: &[f32], workgroup: usize, draws: usize, how: Sampling, seen: &[usize]) {
+    let (vocab, rows) = (logits.len(), 1000);
+    let want = candidates(&f64s(logits), seen, &params(&how));
+    let mut counts = vec![0usize; vocab];
+    let repeated = logits.repeat(rows);
+    for block in 0..draws / rows {
+        // Half the draws differ by position, half by seed.
+        let by_seed = block % 2 == 1;
+        let place = |row: usize| (if by_seed { 5 } else { (block * rows + row) as u32 }, row as u32);
+        let seed = |row: usize| Sampling { seed_high: if by_seed { (block * rows + row) as u32 } else { 7 }, ..how };
+        let case = Sample {
+            vocab,
+            workgroup,
+            logits: &repeated,
+            rows: (0..rows).map(place).collect(),
+            sampling: (0..rows).map(seed).collect(),
+            seen: vec![seen.to_vec(); rows],
+        };
+        case.run().0.into_iter().for_each(|token| counts[token] += 1);
+    }
+    let drawn = counts.iter().sum::<usize>() as f64;
+    assert_eq!(drawn as usize, draws);
+    let (mut chi2, mut cells, mut inside) = (0.0, 0, 0);
+    for candidate in &want {
+        let (expected, count) = (candidate.probability * drawn, counts[candidate.token]);
+        inside += count;
+        if expected >= 5.0 {
+            chi2 += (count as f64 - expected).powi(2) / expected;
+            cells += 1;
+        }
+    }
+    assert_eq!(inside, draws, "{what}: tokens came out that are no candidates");
+    let freedom = f64::from(cells) - 1.0;
+    println!("sample {what}: {} candidates, χ² {chi2:.1} with {freedom} degrees of freedom", want.len());
+    assert!(chi2 <= freedom + 4.0 * (2.0 * freedom.max(1.0)).sqrt() + 4.0, "{what}: χ² {chi2} for {freedom}");
+}
+
+fn logits_of_50() -> Vec<f32> {
+    let mut rng = Rng::new(61);
+    (0..50).map(|_| (rng.unit() * 5.0 - 2.0) as f32).collect()
+}
+
+#[test]
+fn draws_follow_the_distribution() {
+    let logits = logits_of_50();
+    let check = |what: &str, draws, how| check_distribution(what, &logits, 8, draws, how, &[]);
+    check("plain", 20_000, FREE);
+    check("hot", 8_000, Sampling { temperature: 1.7, ..FREE });
+    check("cold", 8_000, Sampling { temperature: 0.4, ..FREE });
+    check("top-k 7", 8_000, Sampling { top_k: 7, ..FREE });
+    check("top-k 1", 2_000, Sampling { top_k: 1, ..FREE });
+    check("top-k of all", 2_000, Sampling { top_k: 50, ..FREE });
+    check("top-p 0.7", 8_000, Sampling { top_p: 0.7, ..FREE });
+    check("top-p of next to nothing", 2_000, Sampling { top_p: 1e-6, ..FREE });
+    check("min-p 0.2", 8_000, Sampling { min_p: 0.2, ..FREE });
+    check("min-p 1", 2_000, Sampling { min_p: 1.0, ..FREE });
+}
+
+#[test]
+fn settings_work_together() {
+    let logits = logits_of_50();
+    let all = Sampling { temperature: 1.3, top_k: 20, top_p: 0.8, min_p: 0.15, ..FREE };
+    check_distribution("all at once", &logits, 8, 20_000, all, &[]);
+    let seen: Vec<usize> = (0..50).step_by(3).collect();
+    let penalty = Sampling { repetition_penalty: 1.6, ..FREE };
+    check_distribution("penalty", &logits, 8, 8_000, penalty, &seen);
+    let both = Sampling { repetition_penalty: 1.6, ..all };
+    check_distribution("all and penalty", &logits, 8, 8_000, both, &seen);
+    check_distribution("64 invocations", &logits, 64, 2_000, both, &seen);
+}
+
+#[test]
+fn ties_at_a_threshold_keep_the_lowest_ids() {
+    let mut logits = vec![1.0; 37];
+    logits[30] = 2.0;
+    logits[3] = -5.0;
+    check_distribution("top-k 6 of ties", &logits, 8, 4_000, Sampling { top_k: 6, ..FREE }, &[]);
+    check_distribution("top-k 1 of ties", &vec![0.5; 37], 8, 1_000, Sampling { top_k: 1, ..FREE }, &[]);
+    // Halves of powers of two, so that sums of probabilities are exact.
+    let equal = vec![0.0; 32];
+    check_distribution("top-p of ties", &equal, 8, 4_000, Sampling { top_p: 0.25, ..FREE }, &[]);
+    let kept = candidates(&f64s(&equal), &[], &params(&Sampling { top_p: 0.25, ..FREE }));
+    assert_eq!(kept.len(), 8);
+}
+
+/// Each size of the vocabulary around multiples of the workgroup, and a large one.
+#[test]
+fn vocabularies_of_any_size() {
+    let mut rng = Rng::new(62);
+    let how = Sampling { temperature: 0.9, top_k: 9, top_p: 0.9, min_p: 0.02, repetition_penalty: 1.2, ..FREE };
+    let mut differ = 0;
+    for vocab in [1, 2, 7, 8, 9, 63, 64, 65, 127, 129, 1500] {
+        for workgroup in [64, 256] {
+            let (logits, rows) = (rng.numbers(vocab), 24);
+            let sampling: Vec<Sampling> = (0..rows).map(|seed| Sampling { seed_low: seed, ..how }).collect();
+            let tokens = sample_each(vocab, workgroup, &logits.repeat(rows as usize), sampling);
+            let allowed: Vec<usize> =
+                candidates(&f64s(&logits), &[], &params(&how)).iter().map(|candidate| candidate.token).collect();
+            assert!(tokens.iter().all(|token| allowed.contains(token)), "V {vocab}: {tokens:?} of {allowed:?}");
+            differ += usize::from(tokens.iter().any(|token| *token != tokens[0]));
+        }
+    }
+    assert!(differ > 10, "seeds made a difference only {differ} times");
+}
+
+#[test]
+fn the_draw_depends_on_seed_and_position_only() {
+    let logits = logits_of_50();
+    let repeated = logits.repeat(40);
+    let run = |seed: u32, first: u32, workgroup| {
+        let rows = (0..40).map(|row| (first + row, row)).collect();
+        let sampling = vec![Sampling { seed_low: seed, ..FREE }; 40];
+        Sample { vocab: 50, workgroup, logits: &repeated, rows, sampling, seen: vec![Vec::new(); 40] }.run().0
+    };
+    let base = run(11, 100, 8);
+    assert_eq!(run(11, 100, 8), base, "not deterministic");
+    // The same position in another row, and another workgroup size, draw the same.
+    assert_eq!(run(11, 110, 8)[..30], base[10..]);
+    assert_eq!(run(11, 100, 64), base);
+    let same = |other: &[usize]| base.iter().zip(other).filter(|(a, b)| a == b).count();
+    assert!(same(&run(12, 100, 8)) < 20 && same(&run(11, 5000, 8)) < 20);
+    assert!(base.iter().any(|token| *token != base[0]), "every position drew the same");
+}
+
+/// Logits that are no numbers never hang the sampler, and a token of the vocabulary comes out.
+#[test]
+fn logits_that_are_not_numbers() {
+    let mut rng = Rng::new(63);
+    let vocab = 70;
+    let settings = [
+        FREE,
+        Sampling::default(),
+        Sampling { top_k: 5, ..FREE },
+        Sampling { top_p: 0.5, ..FREE },
+        Sampling { min_p: 0.5, repetition_penalty: 1.5, ..FREE },
+        Sampling { temperature: 1e-30, ..FREE },
+        Sampling { temperature: 1e30, top_k: 3, top_p: 0.9, ..FREE },
+        Sampling { top_k: 70, top_p: 0.01, min_p: 1.0, ..FREE },
+    ];
+    let mut half = rng.numbers(vocab);
+    half.iter_mut().step_by(2).for_each(|logit| *logit = f32::NAN);
+    let mut one_infinite = rng.numbers(vocab);
+    one_infinite[33] = f32::INFINITY;
+    let mut all_but_one = vec![f32::NAN; vocab];
+    all_but_one[69] = -4.0;
+    let rows = [
+        vec![f32::NAN; vocab],
+        vec![-f32::NAN; vocab],
+        half,
+        one_infinite,
+        all_but_one,
+        vec![f32::INFINITY; vocab],
+        vec![f32::NEG_INFINITY; vocab],
+        vec![f32::MAX; vocab],
+        vec![f32::MIN; vocab],
+    ];
+    let logits: Vec<f32> = rows.iter().flat_map(|row| row.repeat(settings.len())).collect();
+    let sampling: Vec<Sampling> = rows.iter().flat_map(|_| settings).collect();
+    for workgroup in [8, 64] {
+        let tokens = sample_each(vocab, workgroup, &logits, sampling.clone());
+        for (row, tokens) in tokens.chunks(settings.len()).enumerate() {
+            match row {
+                2 => assert!(tokens.iter().all(|token| token % 2 == 1), "NaN was drawn: {tokens:?}"),
+                3 => assert!(tokens.iter().enumerate().all(|(i, &token)| token == 33 || i == 6), "{tokens:?}"),
+                4 => assert!(tokens.iter().all(|&token| token == 69), "NaN was drawn: {tokens:?}"),
+                _ => {}
+            }
+        }
+    }
+}
+
+const MAX_ROWS: usize = 64;
+
+#[test]
+fn sampled_tokens_become_the_next_batch() {
+    let mut rng = Rng::new(64);
+    let steps = FINISHED_STEPS as usize;
+    let variant = Variant::new("advance").int("MAX_ROWS", MAX_ROWS).int("STEPS", steps).int("WG", MAX_ROWS);
+    for (count, finished) in [(1, 0), (2, 1), (7, 31), (63, 32), (64, 33), (64, 95), (5, u32::MAX)] {
+        // More tokens than rows, the wanted ones in random order.
+        let t = 100;
+        let tokens: Vec<u32> = (0..t).flat_map(|i| [500 + i, 3 * i, i % 7, 0]).collect();
+        let rows: Vec<u32> = rng.permutation(t as usize)[..count].iter().map(|&row| row as u32).collect();
+        let sampled: Vec<u32> = (0..count).map(|row| 9000 + row as u32).collect();
+        let mut ring = vec![UNTOUCHED; 1 + steps * MAX_ROWS];
+        ring[0] = finished;
+        let outputs = Call::new(&variant)
+            .batch(t as usize, count)
+            .words("sampled", &sampled)
+            .words("tokens", &tokens)
+            .words("rows", &rows)
+            .words("finished", &ring)
+            .run([1, 1, 1]);
+        let mut next = tokens.clone();
+        for (row, &from) in rows.iter().enumerate() {
+            let from = 4 * from as usize;
+            next[4 * row..][..4].copy_from_slice(&[sampled[row], tokens[from + 1] + 1, tokens[from + 2], 0]);
+        }
+        assert_eq!(outputs.words("tokens"), next, "{count} rows");
+        let identity: Vec<u32> = (0..count as u32).collect();
+        assert_eq!(outputs.words("rows"), identity);
+        ring[0] = finished.wrapping_add(1);
+        let at = 1 + finished as usize % steps * MAX_ROWS;
+        ring[at..][..count].copy_from_slice(&sampled);
+        assert_eq!(outputs.words("finished"), ring, "{count} rows after {finished} steps");
+    }
+}

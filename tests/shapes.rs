@@ -1,0 +1,99 @@
+//! Real head, latent, expert and group shapes with random weights, against the oracle.
+
+use moewe::trace::{self, Numbers};
+use moewe_compiler::checkpoint::Checkpoint;
+use moewe_compiler::compile::{Options, compile};
+use moewe_compiler::profile::Profile;
+use moewe_compiler::synth::{self, Shape};
+use moewe_oracle::{Data, rel_l2};
+use moewe_plan::{Bundle, ProgramKind};
+use moewe_runtime::{GenerateOptions, Gpu, Model, Selector, Session, SessionOptions, generate};
+
+/// As for the golden files; ids must be identical.
+const TOLERANCE: f64 = 2e-5;
+
+/// Traces and generates with a synthesised checkpoint on the device and compares with the oracle. Returns the number of
+/// tensors compared.
+fn check(like: &str, scale: &[&str], seed: u64, tokens: &[u32]) -> usize {
+    let temp = tempfile::tempdir().unwrap();
+    let (dir, out) = (temp.path().join("checkpoint"), temp.path().join("bundle"));
+    let shape = Shape::new(like, scale, None).unwrap();
+    synth::write(&shape, &dir, synth::Options { seed, ..synth::Options::default() }, &|_, _| ()).unwrap();
+    let options =
+        Options { profile: Profile::load("lavapipe").unwrap(), weights: None, reference: true, plan_only: false };
+    compile(&Checkpoint::open(&dir).unwrap(), &options, &out, &|_, _| ()).unwrap();
+    let bundle = Bundle::open(&out).unwrap();
+    let gpu =
+        Gpu::open(&Selector::Default).expect("these tests need a Vulkan device; `make setup` installs a software one");
+    let model = Model::load(&gpu, &bundle, &|_| ()).unwrap();
+    let session = |kinds| {
+        Session::new(model.clone(), SessionOptions { kinds, pages: Some(4), ..SessionOptions::default() }).unwrap()
+    };
+    let traced =
+        trace::trace(&mut session(trace::kinds(bundle.plan.model.mtp_modules)), tokens, None, &|_| true).unwrap();
+    let options = GenerateOptions { max_new_tokens: 4, ignore_eos: true, ..GenerateOptions::default() };
+    let generated =
+        generate(&mut session(vec![ProgramKind::Forward]), tokens, &options, |_| std::ops::ControlFlow::Continue(()))
+            .unwrap();
+
+    let oracle = moewe_oracle::Model::load(&dir).unwrap();
+    let expected = oracle.trace(tokens);
+    let mut count = 0;
+    for (name, want) in &expected {
+        let got = traced.get(name).unwrap_or_else(|| panic!("no tensor {name}"));
+        assert_eq!(got.shape, want.shape, "shape of {name}");
+        match (&got.data, &want.data) {
+            (Numbers::I32(got), Data::I32(want)) => assert_eq!(got, want, "{name}"),
+            (Numbers::F32(got), Data::F64(want)) => {
+                let got: Vec<f64> = got.iter().map(|&n| f64::from(n)).collect();
+                let error = rel_l2(&got, want);
+                assert!(error <= TOLERANCE, "{name} is off by {error:e}");
+            }
+            _ => panic!("type of {name}"),
+        }
+        count += 1;
+    }
+    assert_eq!(generated.tokens, oracle.greedy(tokens, 4), "greedy tokens");
+    count
+}
+
+/// DeepSeek-V3: 128 heads of 128 + 64, q_lora_rank 1536, kv_lora_rank 512, 256 experts in 8 groups, 8 active, FP8.
+#[test]
+fn deepseek_v3() {
+    let scale = [
+        "layers=2",
+        "first_k_dense_replace=1",
+        "hidden=64",
+        "vocab=256",
+        "intermediate_size=160",
+        "moe_intermediate_size=32",
+        "num_nextn_predict_layers=1",
+    ];
+    let shape = Shape::new("v3", &scale, None).unwrap().config;
+    assert_eq!((shape.num_attention_heads, shape.q_lora_rank, shape.kv_lora_rank), (128, Some(1536), 512));
+    assert_eq!((shape.n_routed_experts, shape.num_experts_per_tok, shape.n_group, shape.topk_group), (256, 8, 8, 4));
+    assert!(check("v3", &scale, 3, &[0, 17, 200, 3, 91]) > 18);
+}
+
+/// Kimi-K2: 64 heads, 384 experts in one group.
+#[test]
+fn kimi_k2() {
+    let scale = [
+        "layers=2",
+        "first_k_dense_replace=1",
+        "hidden=64",
+        "vocab=256",
+        "intermediate_size=160",
+        "moe_intermediate_size=32",
+    ];
+    assert!(check("kimi-k2", &scale, 5, &[9, 8, 7]) > 12);
+}
+
+/// DeepSeek-V2-Lite: 16 heads without q LoRA, 64 experts, 6 active, 2 shared, hidden size 2048, in FP8; only layers,
+/// vocabulary and the width of experts are smaller.
+#[test]
+fn deepseek_v2_lite() {
+    let fp8 = r#"quantization_config={"quant_method":"fp8","fmt":"e4m3","weight_block_size":[128,128]}"#;
+    let scale = ["layers=2", "vocab=512", "moe_intermediate_size=176", "intermediate_size=1368", fp8];
+    assert!(check("v2-lite", &scale, 7, &[1, 2, 3]) > 12);
+}
