@@ -6,9 +6,8 @@
 
 use std::fmt::Write as _;
 
-/// Anchors of the colour scale viridis, dark to bright.
-const VIRIDIS: [[f32; 3]; 5] =
-    [[68.0, 1.0, 84.0], [59.0, 82.0, 139.0], [33.0, 145.0, 140.0], [94.0, 201.0, 98.0], [253.0, 231.0, 37.0]];
+/// The colours of viridis, dark to bright, as near as the 256-colour palette has them with ever greater luminance.
+const VIRIDIS: [u8; 12] = [53, 54, 55, 61, 31, 36, 72, 77, 113, 149, 185, 227];
 /// Shades for terminals without colour, dark to bright.
 const SHADES: [char; 10] = [' ', '.', ':', '-', '=', '+', '*', '#', '%', '@'];
 /// A favourite is chosen this many times as often as if all experts were equally likely, at least.
@@ -153,17 +152,9 @@ fn cell(level: f64, width: usize, color: bool) -> String {
     }
 }
 
-/// The colour of viridis at `level`, in the 6 × 6 × 6 cube of the 256-colour palette.
+/// The colour of viridis at `level`.
 fn palette(level: f64) -> u8 {
-    let place = level.clamp(0.0, 1.0) as f32 * (VIRIDIS.len() - 1) as f32;
-    let at = (place as usize).min(VIRIDIS.len() - 2);
-    let part = place - at as f32;
-    let channel = |c: usize| {
-        let value = VIRIDIS[at][c] * (1.0 - part) + VIRIDIS[at + 1][c] * part;
-        // The cube's levels are 0, 95, 135, 175, 215, 255.
-        if value < 48.0 { 0 } else { ((value - 35.0) / 40.0).round().clamp(1.0, 5.0) as u8 }
-    };
-    16 + 36 * channel(0) + 6 * channel(1) + channel(2)
+    VIRIDIS[(level.clamp(0.0, 1.0) * (VIRIDIS.len() - 1) as f64).round() as usize]
 }
 
 /// The experts that a prompt chose more than the other prompts did, most distinctive first, as many as fit the line.

@@ -12,6 +12,27 @@ use moewe_runtime::{GenerateOptions, Gpu, Model, Selector, Session, SessionOptio
 /// As for the golden files; ids must be identical.
 const TOLERANCE: f64 = 2e-5;
 
+/// A small generator of numbers (splitmix64).
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn range(&mut self, low: u64, high: u64) -> u64 {
+        low + self.next() % (high - low + 1)
+    }
+
+    fn pick<'a>(&mut self, of: &[&'a str]) -> &'a str {
+        of[self.next() as usize % of.len()]
+    }
+}
+
 /// Traces and generates with a synthesised checkpoint on the device and compares with the oracle. Returns the number of
 /// tensors compared.
 fn check(like: &str, scale: &[&str], seed: u64, tokens: &[u32]) -> usize {
@@ -97,3 +118,68 @@ fn deepseek_v2_lite() {
     let scale = ["layers=2", "vocab=512", "moe_intermediate_size=176", "intermediate_size=1368", fp8];
     assert!(check("v2-lite", &scale, 7, &[1, 2, 3]) > 12);
 }
+
+/// A model of the family whose shapes are all small, odd and drawn at random.
+fn random_shape(seed: u64) -> (&'static str, Vec<String>, Vec<u32>) {
+    let random = &mut Random(seed);
+    let like = random.pick(&["v2-lite", "v2", "v3", "kimi-k2"]);
+    let vocab = random.range(11, 150);
+    let groups = if matches!(like, "v3" | "v2") { random.range(1, 4) } else { 1 };
+    let per_group = random.range(2, 9);
+    let topk_group = random.range(1, groups);
+    let top_k = random.range(1, (topk_group * per_group).min(6));
+    let mut fields = vec![
+        format!("layers={}", random.range(1, 3)),
+        format!("first_k_dense_replace={}", random.range(0, 1)),
+        format!("hidden={}", random.range(5, 90)),
+        format!("vocab={vocab}"),
+        format!("intermediate_size={}", random.range(3, 150)),
+        format!("moe_intermediate_size={}", random.range(3, 60)),
+        format!("num_attention_heads={}", random.range(1, 5)),
+        format!("qk_nope_head_dim={}", random.range(1, 40)),
+        format!("qk_rope_head_dim={}", 2 * random.range(1, 12)),
+        format!("v_head_dim={}", random.range(1, 40)),
+        format!("kv_lora_rank={}", random.range(1, 140)),
+        format!("n_routed_experts={}", groups * per_group),
+        format!("n_group={groups}"),
+        format!("topk_group={topk_group}"),
+        format!("num_experts_per_tok={top_k}"),
+        format!("n_shared_experts={}", random.range(0, 2)),
+        format!("tie_word_embeddings={}", random.pick(&["true", "false"])),
+        format!("attention_bias={}", random.pick(&["true", "false"])),
+        format!("rope_interleave={}", random.pick(&["true", "false"])),
+        "max_position_embeddings=200".into(),
+    ];
+    fields.push(match random.range(0, 2) {
+        0 => "q_lora_rank=null".into(),
+        _ => format!("q_lora_rank={}", random.range(1, 70)),
+    });
+    if matches!(like, "v3" | "kimi-k2") {
+        fields.push(format!("num_nextn_predict_layers={}", random.range(0, 2)));
+    }
+    let block = [random.range(1, 130), 4 * random.range(1, 32)];
+    match random.range(0, 3) {
+        0 => fields.push("quantization_config=null".into()),
+        _ => fields.push(format!(
+            r#"quantization_config={{"quant_method":"fp8","fmt":"e4m3","weight_block_size":[{},{}]}}"#,
+            block[0], block[1]
+        )),
+    }
+    let length = random.range(1, 90);
+    let tokens = (0..length).map(|_| random.range(0, vocab - 1) as u32).collect();
+    (like, fields, tokens)
+}
+
+/// Odd shapes that no release has: every dimension small and mostly no multiple of anything.
+#[test]
+fn random_shapes() {
+    for seed in 0..RANDOM_SHAPES {
+        let (like, fields, tokens) = random_shape(seed);
+        println!("seed {seed}: {like} {fields:?}, {} tokens", tokens.len());
+        let scale: Vec<&str> = fields.iter().map(String::as_str).collect();
+        assert!(check(like, &scale, seed, &tokens) > 5);
+    }
+}
+
+/// How many: each takes well under a second. More were tried than run every time.
+const RANDOM_SHAPES: u64 = 12;

@@ -94,13 +94,11 @@ pub fn compile_until(
             staging.write(name, &contents)?;
         }
     }
-    let mut warnings = Vec::new();
-    (plan.files, plan.weights) = if options.plan_only {
-        packer.without_weights()
+    (plan.files, plan.weights, plan.warnings) = if options.plan_only {
+        let (files, weights) = packer.without_weights();
+        (files, weights, Vec::new())
     } else {
-        let (files, weights, said) = write_weights(packer, &mut staging, options.reference, progress, stop)?;
-        warnings = said;
-        (files, weights)
+        write_weights(packer, &mut staging, options.reference, progress, stop)?
     };
     let mut identity = blake3::Hasher::new();
     identity.update(
@@ -112,7 +110,7 @@ pub fn compile_until(
     }
     plan.model.checkpoint = identity.finalize().to_hex().to_string();
     staging.finish(&plan)?;
-    Ok(warnings)
+    Ok(plan.warnings)
 }
 
 fn plan<'a>(checkpoint: &'a Checkpoint, options: &Options) -> Result<Planned<'a>> {
@@ -157,7 +155,7 @@ fn plan<'a>(checkpoint: &'a Checkpoint, options: &Options) -> Result<Planned<'a>
         generator: concat!("moewe ", env!("CARGO_PKG_VERSION")).into(),
         model: info(config),
         warnings: Vec::new(),
-        requirements: requirements(profile, &kernels),
+        requirements: requirements(profile, &kernels)?,
         files: Vec::new(),
         weights: Vec::new(),
         buffers: buffers.list,
@@ -212,16 +210,30 @@ fn info(config: &Config) -> ModelInfo {
     }
 }
 
-fn requirements(profile: &Profile, kernels: &Kernels) -> Requirements {
+/// What the kernels need of a device, which the profile must grant.
+fn requirements(profile: &Profile, kernels: &Kernels) -> Result<Requirements> {
     let storage = |kernel: &moewe_plan::Kernel| {
         kernel.bindings.iter().filter(|binding| binding.access != moewe_plan::Access::Uniform).count() as u32
     };
-    Requirements {
+    let requirements = Requirements {
         profile: profile.name.clone(),
         max_binding_bytes: profile.max_binding_bytes,
         storage_buffers: kernels.list.iter().map(storage).max().unwrap_or(0),
         workgroup_invocations: kernels.list.iter().map(|k| k.workgroup_size.iter().product()).max().unwrap_or(1),
         workgroup_bytes: kernels.linked.iter().map(|linked| linked.workgroup_bytes).max().unwrap_or(0),
         subgroup_invocations: if kernels.linked.iter().any(|linked| linked.subgroups) { profile.lanes } else { 0 },
+    };
+    let limits = [
+        ("storage_buffers", profile.storage_buffers, requirements.storage_buffers),
+        ("workgroup_invocations", profile.workgroup_invocations, requirements.workgroup_invocations),
+        ("workgroup_bytes", profile.workgroup_bytes, requirements.workgroup_bytes),
+    ];
+    match limits.into_iter().find(|(_, granted, needed)| granted < needed) {
+        None => Ok(requirements),
+        Some((field, granted, needed)) => Err(Error::Argument {
+            what: format!("{field} of target {}", profile.name),
+            found: granted.to_string(),
+            expected: format!("at least {needed}, which a kernel of this model needs"),
+        }),
     }
 }

@@ -156,6 +156,15 @@ pub enum Error {
         known: String,
     },
 
+    /// A file is no sound profile.
+    #[error("{}: no usable device profile: {detail}; begin with a copy of one of those in compiler/profiles", path.display())]
+    Profile {
+        /// File.
+        path: PathBuf,
+        /// Which field, and what is wrong with it.
+        detail: String,
+    },
+
     /// A kernel could not be made: a bug of the compiler.
     #[error("the compiler made an impossible kernel, please report it: {detail}")]
     Kernel {

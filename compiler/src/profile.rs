@@ -3,8 +3,9 @@
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, clip};
 
 /// Limits of a class of devices and how its kernels are shaped.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -57,9 +58,24 @@ impl Profile {
             return Err(Error::Target { found: name_or_path.into(), known: names.join(", ") });
         }
         let text = std::fs::read_to_string(path).map_err(|source| Error::Read { path: path.into(), source })?;
-        let profile: Self = serde_json::from_str(&text)
-            .map_err(|error| Error::Json { path: path.into(), detail: error.to_string() })?;
-        profile.check().map_err(|detail| Error::Json { path: path.into(), detail })?;
+        Self::parse(&text).map_err(|detail| Error::Profile { path: path.into(), detail })
+    }
+
+    fn parse(text: &str) -> Result<Self, String> {
+        let value: Value = serde_json::from_str(text).map_err(|error| format!("not JSON: {error}"))?;
+        // serde does not say which field has a wrong number.
+        for field in ["max_binding_bytes", "storage_buffers", "workgroup_invocations", "workgroup_bytes", "workgroup"]
+            .into_iter()
+            .chain(["lanes", "token_tile"])
+        {
+            let limit = if field == "max_binding_bytes" { 1 << 48 } else { u32::MAX.into() };
+            let found = value.get(field).map_or_else(|| "absent".into(), |value| clip(&value.to_string()));
+            if !value.get(field).and_then(Value::as_u64).is_some_and(|number| number <= limit) {
+                return Err(format!("field `{field}` is {found}, expected a whole number"));
+            }
+        }
+        let profile: Self = serde_json::from_value(value).map_err(|error| clip(&error.to_string()))?;
+        profile.check()?;
         Ok(profile)
     }
 

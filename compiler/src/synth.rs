@@ -168,7 +168,12 @@ impl Shape {
         if let Some(heads) = map.get("num_attention_heads").cloned() {
             map.insert("num_key_value_heads".into(), heads);
         }
-        let config = Config::from_value(&value, &path)?;
+        let config = Config::from_value(&value, &path).map_err(|error| match error {
+            Error::Field { path, field, found, expected, .. } if !overridden.is_empty() => {
+                Error::Field { path, field, found, expected, advice: "override other fields, or by other values" }
+            }
+            other => other,
+        })?;
         Ok(Self { json: value, config, storage })
     }
 

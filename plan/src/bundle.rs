@@ -79,7 +79,7 @@ impl Bundle {
     pub fn open(dir: &Path) -> Result<Self, Error> {
         let path = dir.join(MANIFEST);
         if !dir.is_dir() {
-            return Err(Error::NotABundle { path: dir.into(), what: "no such directory".into() });
+            return Err(Error::NotABundle { path: dir.into(), what: "it is no directory".into() });
         }
         if !path.is_file() {
             return Err(Error::NotABundle { path: dir.into(), what: format!("{MANIFEST} is missing") });
@@ -128,7 +128,7 @@ impl Bundle {
         let mut maps = Vec::with_capacity(self.plan.files.len());
         for file in &self.plan.files {
             let path = self.dir.join(&file.path); // `join` takes an absolute, referenced path as it is
-            let map = Mapped::open(&path).map_err(Error::io(&path))?;
+            let map = Mapped::open(&path).map_err(unreadable(&path))?;
             if map.len() as u64 != file.bytes {
                 return Err(damaged(&path, format!("{} bytes, {} expected", map.len(), file.bytes)));
             }
@@ -158,8 +158,16 @@ fn damaged(path: &Path, what: String) -> Error {
     Error::Damaged { path: path.into(), what }
 }
 
+/// A file that is missing is damage of the bundle; whatever else the system says is its own affair.
+fn unreadable(path: &Path) -> impl FnOnce(std::io::Error) -> Error {
+    move |source| match source.kind() {
+        std::io::ErrorKind::NotFound => damaged(path, "the file is missing".into()),
+        _ => Error::Io { path: path.into(), source },
+    }
+}
+
 fn read_text(path: &Path) -> Result<String, Error> {
-    let metadata = fs::metadata(path).map_err(Error::io(path))?;
+    let metadata = fs::metadata(path).map_err(unreadable(path))?;
     // Asked before opening: opening a pipe would wait for a writer.
     if !metadata.is_file() {
         return Err(damaged(path, "not a regular file".into()));

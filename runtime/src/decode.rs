@@ -58,6 +58,7 @@ impl Session {
             if batch.tokens.is_empty() {
                 break;
             }
+            self.model.gpu().check_stop()?;
             let run = self.start(ProgramKind::Forward, &batch)?;
             let number = self.finished;
             let mut encoder = self.model.gpu().encoder("prefill");

@@ -1,6 +1,7 @@
 //! Finding and opening devices.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use wgpu::{Features, InstanceFlags};
 
@@ -114,6 +115,7 @@ pub struct Gpu {
     pub(crate) memory: Arc<Memory>,
     info: AdapterInfo,
     faults: Arc<Faults>,
+    stop: OnceLock<&'static AtomicBool>,
 }
 
 /// All Vulkan devices of this machine.
@@ -227,12 +229,22 @@ impl Gpu {
             lost.lost.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(what);
         });
         let memory = Arc::new(Memory::new(info.memory_bytes));
-        Ok(Arc::new(Self { limits: device.limits(), device, queue, memory, info, faults }))
+        Ok(Arc::new(Self { limits: device.limits(), device, queue, memory, info, faults, stop: OnceLock::new() }))
     }
 
     /// What device this is.
     pub fn info(&self) -> &AdapterInfo {
         &self.info
+    }
+
+    /// From now on loading, making pipelines and prefill end with [`Error::Interrupted`] soon after `flag` is set.
+    pub fn stop_when(&self, flag: &'static AtomicBool) {
+        let _ = self.stop.set(flag); // a second flag has no say
+    }
+
+    /// An error if the caller asked to stop.
+    pub(crate) fn check_stop(&self) -> Result<()> {
+        if self.stop.get().is_some_and(|stop| stop.load(Ordering::Relaxed)) { Err(Error::Interrupted) } else { Ok(()) }
     }
 
     /// Bytes of device memory that buffers of this program hold.

@@ -30,6 +30,9 @@ pub enum Error {
         /// What the driver said.
         what: String,
     },
+    /// The caller asked to stop.
+    #[error("interrupted")]
+    Interrupted,
     /// The device stopped answering.
     #[error("{device} was lost: {what}; start again, with a smaller batch or model if it happens again")]
     DeviceLost {

@@ -99,6 +99,7 @@ impl Model {
             verified.set(verified.get() + bytes);
             progress(Progress::Verify { done: verified.get(), total: file_bytes });
         })?;
+        gpu.check_stop()?;
         let mut upload = Upload { gpu, in_flight: 0, done: 0, total, progress };
         let mut weights = BTreeMap::new();
         for &(weight, shard) in &shards {
@@ -226,6 +227,7 @@ impl Upload<'_> {
     }
 
     fn count(&mut self, bytes: u64) -> Result<()> {
+        self.gpu.check_stop()?;
         self.in_flight += bytes;
         self.done += bytes;
         if self.in_flight >= IN_FLIGHT {

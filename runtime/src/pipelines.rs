@@ -29,7 +29,7 @@ pub(crate) fn make_all(gpu: &Gpu, jobs: &[(&Kernel, &str)], progress: &dyn Fn(Pr
                     let index = next.fetch_add(1, Ordering::Relaxed);
                     let Some((kernel, source)) = jobs.get(index) else { break };
                     // The receiver lives until all senders are gone.
-                    let _ = sender.send((index, make(gpu, kernel, source)));
+                    let _ = sender.send((index, gpu.check_stop().and_then(|()| make(gpu, kernel, source))));
                 }
             });
         }

@@ -66,6 +66,11 @@ impl From<PrecisionArg> for moewe_plan::Precision {
     }
 }
 
+/// One of the ids of `--tokens`.
+fn token_id(text: &str) -> Result<u32, &'static str> {
+    text.trim().parse().map_err(|_| "expected token ids, separated by commas, such as 1,2,3")
+}
+
 /// Which model on which device.
 #[derive(Args, Debug)]
 pub struct ModelArgs {
@@ -102,22 +107,25 @@ pub struct DeviceArgs {
 #[command(next_help_heading = "Sampling")]
 pub struct SamplingArgs {
     /// Most tokens to generate [default: the model's, else 256]
-    #[arg(long, short = 'n', value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(
+        long, short = 'n', value_name = "N", allow_negative_numbers = true,
+        value_parser = clap::value_parser!(u32).range(1..)
+    )]
     pub max_new_tokens: Option<u32>,
     /// Divide logits by this; 0 always takes the most likely token [default: the model's, else 0]
-    #[arg(long, short, value_name = "T")]
+    #[arg(long, short, value_name = "T", allow_negative_numbers = true)]
     pub temperature: Option<f32>,
     /// Keep only the K most likely tokens; 0 keeps all [default: the model's, else 0]
-    #[arg(long, value_name = "K")]
+    #[arg(long, value_name = "K", allow_negative_numbers = true)]
     pub top_k: Option<u32>,
     /// Keep the most likely tokens up to this probability [default: the model's, else 1]
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub top_p: Option<f32>,
     /// Drop tokens less likely than this share of the most likely one [default: the model's, else 0]
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub min_p: Option<f32>,
     /// Make tokens that occurred less likely; 1 changes nothing [default: the model's, else 1]
-    #[arg(long, value_name = "R")]
+    #[arg(long, value_name = "R", allow_negative_numbers = true)]
     pub repetition_penalty: Option<f32>,
     /// Seed of the draws: the same seed gives the same text
     #[arg(long, value_name = "N", default_value_t = 0)]
@@ -140,7 +148,10 @@ pub struct RunArgs {
     pub prompt: Option<String>,
 
     /// Token ids to continue, separated by commas
-    #[arg(long, value_name = "IDS", value_delimiter = ',', num_args = 1, conflicts_with = "prompts")]
+    #[arg(
+        long, value_name = "IDS", value_delimiter = ',', num_args = 1, value_parser = token_id,
+        allow_hyphen_values = true, conflicts_with = "prompts"
+    )]
     pub tokens: Option<Vec<u32>>,
 
     /// Named text to continue; may be given several times
@@ -186,7 +197,10 @@ pub struct TraceArgs {
     pub prompt: Option<String>,
 
     /// Token ids to run, separated by commas
-    #[arg(long, value_name = "IDS", value_delimiter = ',', num_args = 1)]
+    #[arg(
+        long, value_name = "IDS", value_delimiter = ',', num_args = 1, value_parser = token_id,
+        allow_hyphen_values = true
+    )]
     pub tokens: Option<Vec<u32>>,
 
     /// File to write, safetensors (f32 and i32)
@@ -260,7 +274,7 @@ pub struct InspectArgs {
     pub gpu: Option<String>,
 
     /// Dollars for a GPU and hour: adds the price of a million tokens
-    #[arg(long, value_name = "P", requires = "gpu")]
+    #[arg(long, value_name = "P", requires = "gpu", allow_negative_numbers = true)]
     pub price_per_gpu_hour: Option<f64>,
 
     /// Tokens of context that each sequence holds, for --gpu [default: 4096, at most the model's]
@@ -268,7 +282,7 @@ pub struct InspectArgs {
     pub context: Option<u32>,
 
     /// Bits of a number in the latent cache
-    #[arg(long, value_name = "BITS", default_value_t = 16.0)]
+    #[arg(long, value_name = "BITS", default_value_t = 16.0, allow_negative_numbers = true)]
     pub cache_bits: f64,
 
     /// Print JSON

@@ -1,9 +1,9 @@
 //! Bundles of checkpoints that were run directly, kept in the user's cache directory by content.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::path::PathBuf;
-use std::time::UNIX_EPOCH;
+use std::fs::{self, File, TryLockError};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, UNIX_EPOCH};
 
 use anyhow::Context;
 use moewe_compiler::checkpoint::Checkpoint;
@@ -11,6 +11,8 @@ use moewe_compiler::compile::COMPANIONS;
 use moewe_compiler::profile::Profile;
 use moewe_plan::{FORMAT_VERSION, hash_file};
 use serde::{Deserialize, Serialize};
+
+use super::interrupt;
 
 /// Files larger than this are hashed once and recognised later by length and time of change.
 const LARGE: u64 = 64 << 20;
@@ -61,6 +63,7 @@ pub fn bundle_dir(checkpoint: &Checkpoint, profile: &Profile) -> anyhow::Result<
         fs::read(&memory).ok().and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default();
     let mut learned = false;
     for file in checkpoint.files() {
+        interrupt::check()?;
         let metadata = fs::metadata(&file.path).with_context(|| file.path.display().to_string())?;
         let modified = metadata.modified().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
         let modified_ns = modified.map_or(0, |time| time.as_nanos());
@@ -81,6 +84,30 @@ pub fn bundle_dir(checkpoint: &Checkpoint, profile: &Profile) -> anyhow::Result<
         fs::rename(&partial, &memory).with_context(|| memory.display().to_string())?;
     }
     Ok(root.join("bundles").join(&hasher.finalize().to_hex()[..32]))
+}
+
+/// Keeps other processes from compiling the same bundle meanwhile, and clears away what ones that were killed left.
+pub fn lock(bundle: &Path) -> anyhow::Result<File> {
+    let (parent, name) = (bundle.parent().unwrap_or(bundle), bundle.file_name().unwrap_or_default().to_string_lossy());
+    let written = |path: &Path| format!("cannot write to the cache: {}", path.display());
+    fs::create_dir_all(parent).with_context(|| written(parent))?;
+    let path = parent.join(format!("{name}.lock"));
+    let file = File::create(&path).with_context(|| written(&path))?;
+    loop {
+        match file.try_lock() {
+            Ok(()) => break,
+            Err(TryLockError::WouldBlock) => interrupt::check()?,
+            Err(TryLockError::Error(error)) => return Err(error).with_context(|| written(&path)),
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let partial = format!(".{name}.partial-");
+    for entry in fs::read_dir(parent).with_context(|| written(parent))?.flatten() {
+        if entry.file_name().to_string_lossy().starts_with(&partial) {
+            let _ = fs::remove_dir_all(entry.path()); // it only takes room
+        }
+    }
+    Ok(file)
 }
 
 /// Changes whenever this program is built anew from other sources, so that a cached bundle always comes from the compiler

@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, IsTerminal};
 
+use anyhow::Context;
 use moewe::text::{ChatOptions, Message, Text};
 use moewe_plan::ProgramKind;
 use moewe_runtime::{GenerateOptions, SequenceId, Session, continue_sequence};
@@ -19,15 +20,16 @@ struct Conversation<'a> {
 
 /// Talks until the input ends.
 pub fn run(args: &ChatArgs) -> anyhow::Result<()> {
-    let Some(loaded) = model::load(&args.model, |_| vec![ProgramKind::Forward])? else { return Ok(()) };
-    let Some(text) = loaded.text.as_ref().filter(|text| text.has_chat_template()) else {
+    let Some(opened) = model::open(&args.model)? else { return Ok(()) };
+    let Some(text) = opened.text.as_ref().filter(|text| text.has_chat_template()) else {
         return usage(format!(
             "{}: the model has no tokenizer with a chat template; continue plain text with `moewe run`",
             args.model.model.display()
         ));
     };
-    let options = options(&args.sampling, &args.model, &loaded.defaults)?;
-    let mut session = model::session(&loaded, &args.model, &[ProgramKind::Forward])?;
+    let options = options(&args.sampling, &args.model, &opened.defaults)?;
+    let model = opened.load(&[ProgramKind::Forward])?;
+    let mut session = model::session(&model, &args.model, &[ProgramKind::Forward])?;
     let system = || args.system.iter().map(Message::system).collect();
     let mut conversation = Conversation { text, messages: system(), sequence: None };
     let is_terminal = std::io::stdin().is_terminal();
@@ -36,7 +38,8 @@ pub fn run(args: &ChatArgs) -> anyhow::Result<()> {
         if is_terminal {
             output::write("› ")?;
         }
-        let Some(line) = lines.next().transpose()? else { break };
+        let line = interrupt::while_waiting(|| lines.next()).transpose().context("standard input")?;
+        let Some(line) = line else { break };
         match line.trim() {
             "" => continue,
             "/quit" | "/exit" => break,
@@ -47,8 +50,12 @@ pub fn run(args: &ChatArgs) -> anyhow::Result<()> {
             }
             message => conversation.messages.push(Message::user(message)),
         }
-        conversation.answer(&mut session, &options, is_terminal)?;
-        if interrupt::is_set() {
+        let answered = conversation.answer(&mut session, &options, is_terminal);
+        if !interrupt::is_set() {
+            answered?;
+        } else if is_terminal {
+            interrupt::clear(); // it stopped the answer, not the conversation
+        } else {
             break;
         }
     }
@@ -65,7 +72,7 @@ impl Conversation<'_> {
         let answer = printer.finish()?;
         output::write("\n")?;
         if is_terminal {
-            eprintln!("{}", summary(&generated));
+            output::note(&summary(&generated));
         }
         self.messages.push(Message::assistant(answer));
         Ok(())

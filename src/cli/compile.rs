@@ -3,20 +3,27 @@
 use std::time::Instant;
 
 use moewe_compiler::checkpoint::Checkpoint;
-use moewe_compiler::compile::{Options, compile};
+use moewe_compiler::compile::{Options, compile_until};
 use moewe_compiler::profile::Profile;
 use moewe_plan::{Bundle, WeightFormat};
 use serde_json::json;
 
 use super::args::{CompileArgs, WeightsArg};
 use super::progress::Bars;
-use super::{model, output, usage};
+use super::{interrupt, model, output, usage};
 
 /// Compiles a checkpoint into a bundle.
 pub fn run(args: &CompileArgs) -> anyhow::Result<()> {
     let started = Instant::now();
+    model::must_exist(&args.checkpoint, "CHECKPOINT is a directory with config.json and *.safetensors")?;
     if Bundle::is_bundle(&args.checkpoint) {
         return usage(format!("{}: is a bundle already; compile takes a checkpoint", args.checkpoint.display()));
+    }
+    if args.checkpoint.is_file() && !args.plan_only {
+        return usage(format!(
+            "{}: is a file; give the directory of a checkpoint, or --plan-only to make a plan from a config.json",
+            args.checkpoint.display()
+        ));
     }
     let weights = match args.weights {
         WeightsArg::Keep => None,
@@ -32,7 +39,8 @@ pub fn run(args: &CompileArgs) -> anyhow::Result<()> {
     };
     let checkpoint = Checkpoint::open(&args.checkpoint)?;
     let bars = Bars::bytes();
-    let warnings = compile(&checkpoint, &options, &args.out, &|done, total| bars.set("compiling", done, total, true))?;
+    let progress = |done, total| bars.set("compiling", done, total, true);
+    let warnings = compile_until(&checkpoint, &options, &args.out, &progress, interrupt::flag())?;
     drop(bars);
     model::warn(&warnings);
     let bundle = Bundle::open(&args.out)?;
@@ -49,12 +57,12 @@ pub fn run(args: &CompileArgs) -> anyhow::Result<()> {
             "seconds": seconds,
         }));
     }
-    eprintln!(
+    output::note(&format!(
         "{}: {} kernels, {} of weights for {}, in {seconds:.1} s",
         args.out.display(),
         bundle.plan.kernels.len(),
         output::bytes(weight_bytes as f64),
         bundle.plan.requirements.profile,
-    );
+    ));
     Ok(())
 }

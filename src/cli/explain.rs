@@ -4,10 +4,11 @@ use moewe_plan::{Bundle, Cost, Kernel, Plan, Program, ProgramKind, Step, Symbols
 use serde_json::{Value, json};
 
 use super::args::ExplainArgs;
-use super::output;
+use super::{model, output};
 
 /// Shows what a bundle's programs consist of.
 pub fn run(args: &ExplainArgs) -> anyhow::Result<()> {
+    model::must_exist(&args.bundle, "BUNDLE is a directory that `moewe compile` wrote")?;
     let bundle = Bundle::open(&args.bundle)?;
     let plan = &bundle.plan;
     let programs: Vec<&Program> = plan.programs.iter().filter(|p| p.precision == args.precision.into()).collect();

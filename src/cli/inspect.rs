@@ -5,16 +5,11 @@ use moewe_compiler::inspect::{Gpu, GpuOptions, Options, Report, inspect};
 use serde_json::json;
 
 use super::args::InspectArgs;
-use super::{output, usage};
+use super::{model, output};
 
 /// Counts what a model holds and costs.
 pub fn run(args: &InspectArgs) -> anyhow::Result<()> {
-    if !args.model.exists() {
-        return usage(format!(
-            "{}: no such file or directory; give a checkpoint, a bundle or a config.json",
-            args.model.display()
-        ));
-    }
+    model::must_exist(&args.model, "give a checkpoint, a bundle or a config.json")?;
     let checkpoint = Checkpoint::open(&args.model)?;
     let gpu = match &args.gpu {
         None => None,

@@ -1,13 +1,18 @@
 //! Ctrl-C: the first asks to stop cleanly, the second ends the program.
 
+use std::io::{IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+static WAITING: AtomicBool = AtomicBool::new(false);
 
 /// Catches SIGINT from now on.
 pub fn install() {
     let installed = ctrlc::set_handler(|| {
-        if INTERRUPTED.swap(true, Ordering::SeqCst) {
+        if INTERRUPTED.swap(true, Ordering::SeqCst) || WAITING.load(Ordering::SeqCst) {
+            if std::io::stderr().is_terminal() {
+                let _ = writeln!(std::io::stderr());
+            }
             std::process::exit(130);
         }
     });
@@ -15,9 +20,27 @@ pub fn install() {
     drop(installed);
 }
 
+/// Waits for input that may never come: meanwhile the first Ctrl-C ends the program.
+pub fn while_waiting<T>(wait: impl FnOnce() -> T) -> T {
+    WAITING.store(true, Ordering::SeqCst);
+    let result = wait();
+    WAITING.store(false, Ordering::SeqCst);
+    result
+}
+
 /// Whether Ctrl-C was pressed.
 pub fn is_set() -> bool {
     INTERRUPTED.load(Ordering::SeqCst)
+}
+
+/// Goes on after a Ctrl-C that was heeded.
+pub fn clear() {
+    INTERRUPTED.store(false, Ordering::SeqCst);
+}
+
+/// An error if Ctrl-C was pressed.
+pub fn check() -> anyhow::Result<()> {
+    if is_set() { Err(anyhow::anyhow!("interrupted")) } else { Ok(()) }
 }
 
 /// The flag itself, for work that watches it.

@@ -34,7 +34,10 @@ fn usage<T>(message: impl Into<String>) -> anyhow::Result<T> {
 
 /// Parses the command line, runs the command and says what went wrong in one line.
 pub fn run() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return not_parsed(&error),
+    };
     interrupt::install();
     let result = match cli.command {
         Command::Run(args) => run::run(&args),
@@ -52,8 +55,50 @@ pub fn run() -> ExitCode {
         Err(error) if output::is_closed_pipe(&error) => ExitCode::SUCCESS,
         Err(_) if interrupt::is_set() => ExitCode::from(130),
         Err(error) => {
-            eprintln!("moewe: {error:#}");
-            ExitCode::from(if error.is::<Usage>() { 2 } else { 1 })
+            output::note(&format!("moewe: {}", one_line(&error)));
+            ExitCode::from(if is_usage(&error) { 2 } else { 1 })
         }
     }
+}
+
+/// Help and version as clap writes them, errors in one line like our own.
+fn not_parsed(error: &clap::Error) -> ExitCode {
+    use clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand;
+    if !error.use_stderr() || error.kind() == DisplayHelpOnMissingArgumentOrSubcommand {
+        let _ = error.print(); // nobody reads it, then
+    } else {
+        let text = error.render().to_string();
+        let paragraphs = text.split("\n\n").map(|paragraph| join_lines(paragraph.trim()));
+        let said: Vec<String> = paragraphs.filter(|paragraph| !paragraph.is_empty()).collect();
+        let said = said.join("; ").replace("For more information, try '--help'.", "--help says more");
+        output::note(&format!("moewe: {}", said.trim_start_matches("error: ")));
+    }
+    ExitCode::from(error.exit_code() as u8)
+}
+
+/// An error and its causes, but not those that it tells of itself.
+fn one_line(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if text.is_empty() {
+            text = cause;
+        } else if !text.contains(&cause) {
+            text += ": ";
+            text += &cause;
+        }
+    }
+    join_lines(&text)
+}
+
+fn join_lines(text: &str) -> String {
+    text.lines().map(str::trim).collect::<Vec<_>>().join(" ")
+}
+
+/// Whether the command was called wrongly, as against something that went wrong.
+fn is_usage(error: &anyhow::Error) -> bool {
+    use moewe_compiler::error::Error as Compiler;
+    use moewe_runtime::Error as Runtime;
+    error.is::<Usage>()
+        || matches!(error.downcast_ref(), Some(Compiler::Argument { .. } | Compiler::Target { .. }))
+        || matches!(error.downcast_ref(), Some(Runtime::NoSuchDevice { .. }))
 }

@@ -8,22 +8,12 @@ use moewe::text::{GenerationDefaults, Text};
 use moewe_compiler::checkpoint::Checkpoint;
 use moewe_compiler::compile::{self, Options};
 use moewe_compiler::profile::Profile;
-use moewe_plan::{Bundle, ProgramKind};
+use moewe_plan::{Bundle, Plan, ProgramKind};
 use moewe_runtime::{AdapterInfo, DeviceType, Gpu, Model, Progress, Selector, Session, SessionOptions};
 
 use super::args::{DeviceArgs, ModelArgs};
 use super::progress::Bars;
 use super::{cache, interrupt, output, usage};
-
-/// A model with all that is needed to turn text into text.
-pub struct Loaded {
-    /// On the device.
-    pub model: Arc<Model>,
-    /// Tokenizer and template, if the checkpoint has them.
-    pub text: Option<Text>,
-    /// What the checkpoint recommends.
-    pub defaults: GenerationDefaults,
-}
 
 /// Opens a device. `--device list` prints the devices and gives `None`.
 pub fn open_device(args: &DeviceArgs) -> anyhow::Result<Option<Arc<Gpu>>> {
@@ -55,59 +45,92 @@ pub fn profile_for(info: &AdapterInfo) -> &'static str {
     }
 }
 
-/// Opens MODEL for programs of these kinds: a bundle as it is, a checkpoint through the cache. `None` if only the devices
-/// were to be listed.
-pub fn load(args: &ModelArgs, kinds: impl Fn(&Bundle) -> Vec<ProgramKind>) -> anyhow::Result<Option<Loaded>> {
+/// A model that was found and compiled, but not loaded.
+pub struct Opened {
+    gpu: Arc<Gpu>,
+    bundle: Bundle,
+    /// Tokenizer and template, if the checkpoint has them.
+    pub text: Option<Text>,
+    /// What the checkpoint recommends.
+    pub defaults: GenerationDefaults,
+}
+
+/// Opens MODEL: a bundle as it is, a checkpoint through the cache. `None` if only the devices were to be listed.
+pub fn open(args: &ModelArgs) -> anyhow::Result<Option<Opened>> {
     let path = &args.model;
-    if args.device.device.as_deref() != Some("list") && !path.exists() {
-        return usage(format!(
-            "{}: no such file or directory; MODEL is a checkpoint directory or a bundle",
-            path.display()
-        ));
+    if args.device.device.as_deref() != Some("list") {
+        must_exist(path, "MODEL is a checkpoint directory or a bundle")?;
     }
     let Some(gpu) = open_device(&args.device)? else { return Ok(None) };
+    gpu.stop_when(interrupt::flag());
     let bundle = if Bundle::is_bundle(path) {
         if args.target.is_some() {
             return usage("--target does not apply to a bundle: it is compiled already");
         }
         Bundle::open(path)?
-    } else if path.join("manifest.json").exists() && !path.join("config.json").exists() {
+    } else if path.join("manifest.json").exists() || path.join("plan.json").exists() {
         Bundle::open(path)? // says what is wrong with it
+    } else if path.is_file() {
+        return usage(format!("{}: is a file; MODEL is the directory of a checkpoint or a bundle", path.display()));
     } else {
         compiled(path, args, &gpu)?
     };
-    let text = Text::load(&bundle.dir)?;
+    warn(&bundle.plan.warnings);
+    // From where the user knows them, also if the bundle is a cached one.
+    let text = Text::load(path)?;
     if let Some(text) = &text
         && text.max_id() >= bundle.plan.model.vocab_size
     {
-        eprintln!(
+        output::note(&format!(
             "moewe: warning: {}: the tokenizer has ids up to {}, the model a vocabulary of {}; text with such tokens fails",
             path.display(),
             text.max_id(),
             bundle.plan.model.vocab_size
-        );
+        ));
     }
-    let defaults = GenerationDefaults::load(&bundle.dir)?;
-    let bars = Bars::bytes();
-    let model = Model::load_for(&gpu, &bundle, &kinds(&bundle), &|progress| match progress {
-        Progress::Verify { done, total } => bars.set("verifying weights", done, total, true),
-        Progress::Upload { done, total } => bars.set("loading weights", done, total, true),
-        Progress::Pipelines { done, total } => bars.set("making pipelines", done, total, false),
-    })?;
-    Ok(Some(Loaded { model, text, defaults }))
+    let defaults = GenerationDefaults::load(path)?;
+    Ok(Some(Opened { gpu, bundle, text, defaults }))
+}
+
+/// A usage error if there is nothing at `path`.
+pub fn must_exist(path: &Path, expected: &str) -> anyhow::Result<()> {
+    match path.metadata() {
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            usage(format!("{}: no such file or directory; {expected}", path.display()))
+        }
+        Err(error) => Err(error).with_context(|| format!("cannot read {}", path.display())),
+    }
+}
+
+impl Opened {
+    /// The plan.
+    pub fn plan(&self) -> &Plan {
+        &self.bundle.plan
+    }
+
+    /// Loads the weights that programs of these kinds need.
+    pub fn load(&self, kinds: &[ProgramKind]) -> anyhow::Result<Arc<Model>> {
+        let bars = Bars::bytes();
+        Ok(Model::load_for(&self.gpu, &self.bundle, kinds, &|progress| match progress {
+            Progress::Verify { done, total } => bars.set("verifying weights", done, total, true),
+            Progress::Upload { done, total } => bars.set("loading weights", done, total, true),
+            Progress::Pipelines { done, total } => bars.set("making pipelines", done, total, false),
+        })?)
+    }
 }
 
 /// A session for programs of these kinds, with a progress bar for its pipelines.
-pub fn session(loaded: &Loaded, args: &ModelArgs, kinds: &[ProgramKind]) -> anyhow::Result<Session> {
+pub fn session(model: &Arc<Model>, args: &ModelArgs, kinds: &[ProgramKind]) -> anyhow::Result<Session> {
     let bars = Bars::bytes();
     let precision = args.precision.into();
-    loaded.model.prepare(kinds, precision, &|progress| {
+    model.prepare(kinds, precision, &|progress| {
         if let Progress::Pipelines { done, total } = progress {
             bars.set("making pipelines", done, total, false);
         }
     })?;
     let options = SessionOptions { precision, kinds: kinds.to_vec(), ..SessionOptions::default() };
-    Ok(Session::new(loaded.model.clone(), options)?)
+    Ok(Session::new(model.clone(), options)?)
 }
 
 /// The cached bundle of a checkpoint, compiled if there is none.
@@ -119,28 +142,24 @@ fn compiled(path: &Path, args: &ModelArgs, gpu: &Gpu) -> anyhow::Result<Bundle> 
     }
     let profile = Profile::load(args.target.as_deref().unwrap_or_else(|| profile_for(gpu.info())))?;
     let dir = cache::bundle_dir(&checkpoint, &profile)?;
+    let _lock = cache::lock(&dir)?;
     if let Ok(bundle) = Bundle::open(&dir) {
         return Ok(bundle);
     }
     let bars = Bars::bytes();
     let options = Options { profile, weights: None, reference: true, plan_only: false };
-    let warnings = compile::compile(&checkpoint, &options, &dir, &|done, total| {
-        bars.set("compiling", done, total, true);
-    })?;
+    let progress = |done, total| bars.set("compiling", done, total, true);
+    compile::compile_until(&checkpoint, &options, &dir, &progress, interrupt::flag())?;
     drop(bars);
-    warn(&warnings);
-    if interrupt::is_set() {
-        anyhow::bail!("interrupted");
-    }
     Bundle::open(&dir).with_context(|| format!("the bundle of {} that was just compiled", path.display()))
 }
 
 /// Prints warnings of the compiler.
 pub fn warn(warnings: &[String]) {
     for warning in warnings.iter().take(10) {
-        eprintln!("moewe: warning: {warning}");
+        output::note(&format!("moewe: warning: {warning}"));
     }
     if warnings.len() > 10 {
-        eprintln!("moewe: warning: … and {} more such tensors", warnings.len() - 10);
+        output::note(&format!("moewe: warning: … and {} more such tensors", warnings.len() - 10));
     }
 }

@@ -7,7 +7,7 @@ use anyhow::Context;
 use moewe::heatmap;
 use moewe::text::Text;
 use moewe::trace::{self, Numbers};
-use moewe_plan::{Bundle, ProgramKind};
+use moewe_plan::ProgramKind;
 use moewe_runtime::{Session, generate};
 use serde_json::json;
 
@@ -29,36 +29,38 @@ struct Prompt {
 pub fn run(args: &RunArgs) -> anyhow::Result<()> {
     let prompts = prompts(args)?;
     let started = Instant::now();
-    // Routing is read from a trace of the finished text.
-    let kinds = |_: &Bundle| {
-        if args.heatmap { vec![ProgramKind::Forward, ProgramKind::Trace] } else { vec![ProgramKind::Forward] }
-    };
-    let Some(loaded) = model::load(&args.model, kinds)? else { return Ok(()) };
-    let options = options(&args.sampling, &args.model, &loaded.defaults)?;
-    let info = &loaded.model.plan().model;
+    let Some(opened) = model::open(&args.model)? else { return Ok(()) };
+    let options = options(&args.sampling, &args.model, &opened.defaults)?;
+    let text = opened.text.as_ref();
+    let info = &opened.plan().model;
     if args.heatmap && info.moe_layers.is_empty() {
         return usage("--heatmap: the model has no mixture-of-experts layer");
     }
-    let encoded: Vec<Vec<u32>> =
-        prompts.iter().map(|prompt| encode(prompt, loaded.text.as_ref(), args)).collect::<Result<_, _>>()?;
-    let mut session = model::session(&loaded, &args.model, &[ProgramKind::Forward])?;
+    let encoded: Vec<Vec<u32>> = prompts.iter().map(|prompt| encode(prompt, text, args)).collect::<Result<_, _>>()?;
+    // Routing is read from a trace of the finished text.
+    let kinds = [ProgramKind::Forward, ProgramKind::Trace];
+    let model = opened.load(if args.heatmap { &kinds } else { &kinds[..1] })?;
+    let mut session = model::session(&model, &args.model, &[ProgramKind::Forward])?;
     let load_seconds = started.elapsed().as_secs_f64();
 
     let mut results = Vec::new();
     let mut finished: Vec<Vec<u32>> = Vec::new();
     for (prompt, ids) in prompts.iter().zip(&encoded) {
-        let mut printer = Printer::new(loaded.text.as_ref(), args.json);
+        let mut printer = Printer::new(text, args.json);
         if !args.json {
             if let Some(name) = &prompt.name {
                 output::write(&format!("── {name}\n"))?;
             }
             output::write(prompt.text.as_deref().unwrap_or_default())?;
         }
-        let generated = generate(&mut session, ids, &options, |token| printer.push(token))?;
-        let text = printer.finish()?;
+        let generated = generate(&mut session, ids, &options, |token| printer.push(token));
+        if generated.is_err() && !args.json {
+            output::write("\n")?; // errors stand on a line of their own
+        }
+        let generated = generated?;
+        let written = printer.finish()?;
         if args.json {
-            let text = loaded.text.as_ref().map(|_| text.as_str());
-            let mut result = as_json(ids, &generated, text, load_seconds);
+            let mut result = as_json(ids, &generated, text.map(|_| written.as_str()), load_seconds);
             if let Some(name) = &prompt.name {
                 result["name"] = json!(name);
             }
@@ -66,7 +68,7 @@ pub fn run(args: &RunArgs) -> anyhow::Result<()> {
         } else {
             output::write("\n")?;
             if std::io::stderr().is_terminal() {
-                eprintln!("{}", summary(&generated));
+                output::note(&summary(&generated));
             }
             if prompt.name.is_some() {
                 output::write("\n")?;
@@ -89,7 +91,7 @@ pub fn run(args: &RunArgs) -> anyhow::Result<()> {
         };
     }
     if args.heatmap && !interrupt::is_set() {
-        let mut tracing = model::session(&loaded, &args.model, &[ProgramKind::Trace])?;
+        let mut tracing = model::session(&model, &args.model, &[ProgramKind::Trace])?;
         let counts: Vec<_> = finished.iter().map(|ids| expert_counts(&mut tracing, ids)).collect::<Result<_, _>>()?;
         let labels: Vec<String> = prompts
             .iter()
@@ -127,7 +129,7 @@ fn prompts(args: &RunArgs) -> anyhow::Result<Vec<Prompt>> {
         None => {
             let mut text = String::new();
             let input = std::io::stdin().take(MAX_PROMPT_BYTES + 1);
-            let read = { input }.read_to_string(&mut text).context("standard input")?;
+            let read = interrupt::while_waiting(|| { input }.read_to_string(&mut text)).context("standard input")?;
             if read as u64 > MAX_PROMPT_BYTES {
                 return usage(format!("the prompt on standard input has more than {MAX_PROMPT_BYTES} bytes"));
             }
@@ -141,16 +143,13 @@ fn encode(prompt: &Prompt, text: Option<&Text>, args: &RunArgs) -> anyhow::Resul
     if let Some(tokens) = &prompt.tokens {
         return Ok(tokens.clone());
     }
-    let prompt = prompt.text.as_deref().unwrap_or_default();
-    if prompt.is_empty() {
-        return usage("the prompt is empty; give at least one character");
-    }
-    encode_text(prompt, text, &args.model.model)
+    encode_text(prompt.text.as_deref().unwrap_or_default(), text, &args.model.model)
 }
 
 /// Token ids of a text.
 pub fn encode_text(prompt: &str, text: Option<&Text>, model: &std::path::Path) -> anyhow::Result<Vec<u32>> {
     match text {
+        _ if prompt.is_empty() => usage("the prompt is empty; give at least one character"),
         Some(text) => Ok(text.encode(prompt, true)?),
         None => usage(format!(
             "{}: no tokenizer.json, so text cannot be read; give token ids with --tokens (other tokenizer files, such as \

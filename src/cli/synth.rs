@@ -28,12 +28,12 @@ pub fn run(args: &SynthArgs) -> anyhow::Result<()> {
             "seconds": seconds,
         }));
     }
-    eprintln!(
+    output::note(&format!(
         "{}: {} tensors, {} in {} file(s), in {seconds:.1} s",
         args.out.display(),
         summary.tensors,
         output::bytes(summary.bytes as f64),
         summary.files.len()
-    );
+    ));
     Ok(())
 }

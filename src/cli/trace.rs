@@ -1,13 +1,17 @@
 //! `moewe trace`.
 
 use std::borrow::Cow;
+use std::fs::{self, Permissions};
+use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use anyhow::Context;
 use moewe::trace::{self, Numbers, Tensor};
-use safetensors::Dtype;
 use safetensors::tensor::{View, serialize_to_file};
+use safetensors::{Dtype, SafeTensorError};
 use serde_json::json;
+use tempfile::NamedTempFile;
 
 use super::args::TraceArgs;
 use super::run::encode_text;
@@ -19,14 +23,19 @@ pub fn run(args: &TraceArgs) -> anyhow::Result<()> {
     if args.tokens.is_none() && args.prompt.is_none() && !lists_devices {
         return usage("nothing to run: give --tokens 1,2,3 or a text");
     }
-    let modules = |bundle: &moewe_plan::Bundle| trace::kinds(bundle.plan.model.mtp_modules);
-    let Some(loaded) = model::load(&args.model, modules)? else { return Ok(()) };
+    if args.out.is_dir() {
+        return usage(format!("--out {}: is a directory; give the name of a file", args.out.display()));
+    }
+    if !lists_devices {
+        model::must_exist(folder(&args.out), "--out is a file in a directory that exists")?;
+    }
+    let Some(opened) = model::open(&args.model)? else { return Ok(()) };
     let tokens = match (&args.tokens, &args.prompt) {
         (Some(tokens), _) => tokens.clone(),
-        (None, Some(prompt)) => encode_text(prompt, loaded.text.as_ref(), &args.model.model)?,
+        (None, Some(prompt)) => encode_text(prompt, opened.text.as_ref(), &args.model.model)?,
         (None, None) => unreachable!("checked above"),
     };
-    let plan = loaded.model.plan();
+    let plan = opened.plan();
     let names: Vec<&str> =
         plan.programs.iter().flat_map(|program| &program.taps).map(|tap| tap.name.as_str()).collect();
     let matches = |pattern: &str, name: &str| {
@@ -42,10 +51,13 @@ pub fn run(args: &TraceArgs) -> anyhow::Result<()> {
         }
     }
     let wanted = |name: &str| args.taps.is_empty() || args.taps.iter().any(|pattern| matches(pattern, name));
-    let mut session = model::session(&loaded, &args.model, &trace::kinds(plan.model.mtp_modules))?;
+    let output = Output::new(&args.out)?;
+    let kinds = trace::kinds(plan.model.mtp_modules);
+    let model = opened.load(&kinds)?;
+    let mut session = model::session(&model, &args.model, &kinds)?;
     let chunk = args.model.prefill_chunk.map(|chunk| chunk as usize);
     let tensors = trace::trace(&mut session, &tokens, chunk, &wanted)?;
-    write(&args.out, &tensors)?;
+    output.write(&tensors)?;
     if args.json {
         let listed = tensors.iter().map(|(name, tensor)| {
             let dtype = if matches!(tensor.data, Numbers::F32(_)) { "F32" } else { "I32" };
@@ -53,7 +65,7 @@ pub fn run(args: &TraceArgs) -> anyhow::Result<()> {
         });
         return output::json(&json!({ "file": args.out, "tensors": listed.collect::<Vec<_>>() }));
     }
-    eprintln!("{}: {} tensors of {} tokens", args.out.display(), tensors.len(), tokens.len());
+    output::note(&format!("{}: {} tensors of {} tokens", args.out.display(), tensors.len(), tokens.len()));
     Ok(())
 }
 
@@ -84,15 +96,47 @@ impl View for Written<'_> {
     }
 }
 
-/// Writes beside the output and moves it there, so that no partial file stays behind.
-fn write(out: &Path, tensors: &trace::Tensors) -> anyhow::Result<()> {
-    let dir = out.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let partial = tempfile::Builder::new()
-        .prefix(".moewe-trace-")
-        .tempfile_in(dir)
-        .with_context(|| format!("cannot write to {}", dir.display()))?;
-    serialize_to_file(tensors.iter().map(|(name, tensor)| (name, Written(tensor))), None, partial.path())
-        .with_context(|| format!("cannot write {}; nothing was left behind", out.display()))?;
-    partial.persist(out).map_err(|error| error.error).with_context(|| format!("cannot write {}", out.display()))?;
-    Ok(())
+/// A file beside the output that becomes it at the end, so that no partial output stays behind. Made before the work
+/// begins: a place where nothing can be written is better refused early.
+struct Output<'a> {
+    partial: NamedTempFile,
+    out: &'a Path,
+}
+
+impl<'a> Output<'a> {
+    fn new(out: &'a Path) -> anyhow::Result<Self> {
+        let everyone = Permissions::from_mode(0o666); // less the process's umask
+        let partial = tempfile::Builder::new().prefix(".moewe-trace-").permissions(everyone).tempfile_in(folder(out));
+        Ok(Self { partial: partial.map_err(without_path).with_context(|| failed(out))?, out })
+    }
+
+    fn write(self, tensors: &trace::Tensors) -> anyhow::Result<()> {
+        let failed = || failed(self.out);
+        let permissions = self.partial.as_file().metadata().with_context(failed)?.permissions();
+        serialize_to_file(tensors.iter().map(|(name, tensor)| (name, Written(tensor))), None, self.partial.path())
+            .map_err(|error| match error {
+                SafeTensorError::IoError(error) => without_path(error),
+                other => other.into(),
+            })
+            .with_context(failed)?;
+        // `serialize_to_file` puts a file in place that only its owner may read.
+        fs::set_permissions(self.partial.path(), permissions).with_context(failed)?;
+        self.partial.persist(self.out).map_err(|error| error.error).with_context(failed)?;
+        Ok(())
+    }
+}
+
+fn failed(out: &Path) -> String {
+    format!("cannot write {}, nothing was left behind", out.display())
+}
+
+/// The directory that a file is to stand in.
+fn folder(file: &Path) -> &Path {
+    file.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// What the system said, without the name of the temporary file, which tells nobody anything.
+fn without_path(error: io::Error) -> anyhow::Error {
+    let text = error.to_string();
+    text.split_once(" at path ").map_or_else(|| error.into(), |(said, _)| anyhow::anyhow!("{said}"))
 }

@@ -135,7 +135,7 @@ fn gate_up_leaves_experts_of_other_parts_alone() {
 }
 
 struct Down {
-    down: Matrix,
+    experts: Matrix,
     n: usize,
     y: Vec<f32>,
     ids: Vec<usize>,
@@ -146,20 +146,20 @@ struct Down {
 
 impl Down {
     fn random(rng: &mut Rng, format: WeightFormat, n: usize, k: usize, t: usize, way: (Reduce, usize, usize)) -> Self {
-        let down = Matrix::experts(rng, format, EXPERTS, n, k);
+        let experts = Matrix::experts(rng, format, EXPERTS, n, k);
         let (y, ids) = (rng.numbers(t * TOP_K * k), choose(rng, t));
         let mut weights = rng.numbers(t * TOP_K);
         weights[0] = 0.0;
-        Self { down, n, y, ids, weights, residual: rng.numbers(t * n), way }
+        Self { experts, n, y, ids, weights, residual: rng.numbers(t * n), way }
     }
 
     fn run(&self, parts: &[(usize, usize)]) -> Vec<f32> {
-        let (k, (reduce, workgroup, lanes)) = (self.down.columns, self.way);
+        let (k, (reduce, workgroup, lanes)) = (self.experts.columns, self.way);
         let t = self.ids.len() / TOP_K;
         let mut result = vec![UNTOUCHED; t * self.n];
         for (i, &(first, count)) in parts.iter().enumerate() {
             let variant = self
-                .down
+                .experts
                 .plug(Variant::new("experts_down"))
                 .reduce(reduce)
                 .flag("aligned", k.is_multiple_of(4))
@@ -174,7 +174,7 @@ impl Down {
                 .floats("y", &self.y)
                 .words("ids", &words(&self.ids))
                 .floats("weights", &self.weights)
-                .matrix("down", &self.down, first * self.n, count * self.n)
+                .matrix("down", &self.experts, first * self.n, count * self.n)
                 .words("result", &result);
             if i == 0 {
                 call = call.floats("residual", &self.residual);
@@ -186,13 +186,13 @@ impl Down {
 
     /// Expected numbers if only these experts contribute.
     fn expected(&self, contributes: impl Fn(usize) -> bool) -> (Vec<f64>, Vec<f64>) {
-        let k = self.down.columns;
+        let k = self.experts.columns;
         let mut want = f64s(&self.residual);
         let mut size = super::data::magnitudes(&want);
         let y = f64s(&self.y);
         for (slot, &expert) in self.ids.iter().enumerate().filter(|(_, expert)| contributes(**expert)) {
             let (y, weight) = (&y[slot * k..][..k], f64::from(self.weights[slot]));
-            let (down, at) = (self.down.expert(expert), slot / TOP_K * self.n);
+            let (down, at) = (self.experts.expert(expert), slot / TOP_K * self.n);
             ops::add_scaled(&mut want[at..][..self.n], weight, &ops::linear(y, &down, None, k));
             ops::add_scaled(&mut size[at..][..self.n], weight.abs(), &product_size(y, &down, k));
         }
@@ -237,9 +237,9 @@ fn wrong_results_are_noticed() {
         };
         assert!(verdict(&case).is_ok());
         let at = case.ids[1] * 5 * 8 + 3;
-        let original = std::mem::replace(&mut case.down.codes[at], super::data::encode(format, 1.75));
+        let original = std::mem::replace(&mut case.experts.codes[at], super::data::encode(format, 1.75));
         assert!(verdict(&case).is_err(), "{format:?}: a changed weight went unnoticed");
-        case.down.codes[at] = original;
+        case.experts.codes[at] = original;
         case.ids.swap(1, 2);
         assert!(verdict(&case).is_err(), "{format:?}: swapped experts went unnoticed");
 
@@ -253,7 +253,7 @@ fn wrong_results_are_noticed() {
     let mut case = Down::random(&mut rng, WeightFormat::Fp8, 5, 8, 3, (Reduce::Workgroup, 64, 2));
     let expert = case.ids[0];
     case.weights[0] = 0.5;
-    case.down.codes[(expert * 5 + 2) * 8 + 6] = 0x7f;
+    case.experts.codes[(expert * 5 + 2) * 8 + 6] = 0x7f;
     let (want, size) = case.expected(|_| true);
     assert!(want.iter().enumerate().all(|(i, number)| number.is_finite() || i % 5 == 2));
     assert_agrees("experts_down", "NaN weight", &case.run(&PARTS), &want, &size);

@@ -340,8 +340,7 @@ fn embeddings_in_parts() {
             let vocab = 12;
             let w = Matrix::random(&mut rng, format, vocab, d);
             let ids = [11, 0, 4, 3, 5, 4, 11, 10, 1];
-            let got: Vec<f32> =
-                embed(&w, &ids, &[(0, 4), (4, 1), (5, 7)]).into_iter().map(f32::from_bits).collect();
+            let got: Vec<f32> = embed(&w, &ids, &[(0, 4), (4, 1), (5, 7)]).into_iter().map(f32::from_bits).collect();
             let want = ops::embed(&w.numbers(), d, &ids);
             assert_agrees("embed", &format!("{format:?} D {d}"), &got, &want, &super::data::magnitudes(&want));
             // Ids of other parts, and of none, are left alone.

@@ -1,7 +1,9 @@
 //! `router`: the cases of units.json, real shapes, ties, and logits that are not numbers.
 
 use moewe_oracle::config::router_params;
-use moewe_oracle::router::{RouterParams, Scoring, TopkMethod, group_scores, limit_groups, route, scores, selection_scores};
+use moewe_oracle::router::{
+    RouterParams, Scoring, TopkMethod, group_scores, limit_groups, route, scores, selection_scores,
+};
 use moewe_shaders::Variant;
 use serde_json::Value;
 
@@ -125,7 +127,7 @@ fn shapes_of_the_releases_and_odd_ones() {
         (Scoring::Sigmoid, 2, 1, 1, 1),
         (Scoring::Sigmoid, 65, 1, 1, 3),
     ];
-    for (scoring, experts, groups, topk_group, top_k) in shapes {
+    for (i, (scoring, experts, groups, topk_group, top_k)) in shapes.into_iter().enumerate() {
         let mut params = params(scoring, groups, topk_group, top_k);
         let t = 20;
         let logits: Vec<f32> = (0..t * experts).map(|_| (rng.unit() * 8.0 - 4.0) as f32).collect();
@@ -133,12 +135,13 @@ fn shapes_of_the_releases_and_odd_ones() {
         // All biased scores below zero: the dropped groups must still lose.
         let negative: Vec<f32> = bias.iter().map(|bias| bias - 2.0).collect();
         let what = format!("{scoring:?} {experts} experts, {topk_group} of {groups} groups, top {top_k}");
-        let mut close = check(&what, &params, &logits, experts, None);
-        close += check(&format!("{what}, bias"), &params, &logits, experts, Some(&bias));
+        let mut close = check(&format!("{what}, bias"), &params, &logits, experts, Some(&bias));
         close += check(&format!("{what}, negative"), &params, &logits, experts, Some(&negative));
-        params.norm_topk_prob = !params.norm_topk_prob;
-        params.scale = 1.0;
-        close += check(&format!("{what}, other flag"), &params, &logits, experts, Some(&bias));
+        if i % 2 == 0 {
+            params.norm_topk_prob = !params.norm_topk_prob;
+            params.scale = 1.0;
+        }
+        close += check(&format!("{what}, no bias"), &params, &logits, experts, None);
         assert!(close <= 4, "{what}: {close} tokens were too close to call");
     }
 }
@@ -149,7 +152,7 @@ fn ties_go_to_the_lowest_index() {
         let flat = params(scoring, 1, 1, 5);
         let (ids, weights) = run(&flat, &[0.5; 70], 70, None);
         assert_eq!(ids, [[0, 1, 2, 3, 4]]);
-        assert!(weights.iter().all(|&weight| weight == weights[0] && weight > 0.0));
+        assert!(weights.iter().all(|weight| weight.to_bits() == weights[0].to_bits() && *weight > 0.0));
         // Equal pairs far apart, so that different invocations hold them.
         let mut logits = [0.0; 140];
         for (i, logit) in logits.iter_mut().enumerate() {
@@ -187,12 +190,9 @@ fn extreme_logits() {
 fn logits_that_are_not_numbers() {
     let mut rng = Rng::new(42);
     let mut rows = 0;
-    for (scoring, groups, topk_group) in [
-        (Scoring::Sigmoid, 1, 1),
-        (Scoring::Softmax, 1, 1),
-        (Scoring::Sigmoid, 8, 4),
-        (Scoring::Softmax, 8, 3),
-    ] {
+    for (scoring, groups, topk_group) in
+        [(Scoring::Sigmoid, 1, 1), (Scoring::Softmax, 1, 1), (Scoring::Sigmoid, 8, 4), (Scoring::Softmax, 8, 3)]
+    {
         for biased in [false, true] {
             let (experts, top_k) = (72, 6);
             let params = params(scoring, groups, topk_group, top_k);

@@ -38,7 +38,9 @@ impl Sample<'_> {
         let words = vocab.div_ceil(32);
         let mut seen = vec![0u32; self.sampling.len() * words];
         for (sequence, tokens) in self.seen.iter().enumerate() {
-            tokens.iter().for_each(|token| seen[sequence * words + token / 32] |= 1 << (token % 32));
+            for token in tokens {
+                seen[sequence * words + token / 32] |= 1 << (token % 32);
+            }
         }
         let outputs = Call::new(&variant)
             .floats("logits", self.logits)
@@ -86,8 +88,8 @@ fn params(sampling: &Sampling) -> SamplingParams {
 #[test]
 fn greedy_takes_the_lowest_of_the_largest() {
     let mut rng = Rng::new(60);
-    for workgroup in [8, 64, 256] {
-        for vocab in [1, 2, 5, 31, 32, 33, 63, 65, 257, 1000] {
+    for (workgroup, vocabularies) in [(8, [1, 5, 33, 63]), (64, [2, 32, 65, 1000]), (256, [1, 31, 256, 257])] {
+        for vocab in vocabularies {
             let mut logits = Vec::new();
             let mut want = Vec::new();
             for row in 0..6 {
@@ -123,9 +125,8 @@ fn seen_tokens_are_penalised_and_noted() {
     sampling[4].repetition_penalty = 0.25; // a reward
     let case = Sample { vocab: 5, workgroup: 8, logits: &logits, rows, sampling, seen: seen.clone() };
     let (tokens, after) = case.run();
-    let want: Vec<usize> = (0..5)
-        .map(|i| candidates(&f64s(&logits[..5]), &seen[i], &params(&case.sampling[i]))[0].token)
-        .collect();
+    let want: Vec<usize> =
+        (0..5).map(|i| candidates(&f64s(&logits[..5]), &seen[i], &params(&case.sampling[i]))[0].token).collect();
     assert_eq!(tokens, want);
     assert_eq!(&tokens[..3], [0, 1, 0]);
     for ((before, after), token) in seen.iter().zip(&after).zip(tokens) {
@@ -215,7 +216,7 @@ fn ties_at_a_threshold_keep_the_lowest_ids() {
     logits[30] = 2.0;
     logits[3] = -5.0;
     check_distribution("top-k 6 of ties", &logits, 8, 4_000, Sampling { top_k: 6, ..FREE }, &[]);
-    check_distribution("top-k 1 of ties", &vec![0.5; 37], 8, 1_000, Sampling { top_k: 1, ..FREE }, &[]);
+    check_distribution("top-k 1 of ties", &[0.5; 37], 8, 1_000, Sampling { top_k: 1, ..FREE }, &[]);
     // Halves of powers of two, so that sums of probabilities are exact.
     let equal = vec![0.0; 32];
     check_distribution("top-p of ties", &equal, 8, 4_000, Sampling { top_p: 0.25, ..FREE }, &[]);
@@ -229,8 +230,8 @@ fn vocabularies_of_any_size() {
     let mut rng = Rng::new(62);
     let how = Sampling { temperature: 0.9, top_k: 9, top_p: 0.9, min_p: 0.02, repetition_penalty: 1.2, ..FREE };
     let mut differ = 0;
-    for vocab in [1, 2, 7, 8, 9, 63, 64, 65, 127, 129, 1500] {
-        for workgroup in [64, 256] {
+    for (workgroup, vocabularies) in [(64, [1, 2, 63, 64, 65, 129]), (256, [7, 9, 127, 255, 256, 1500])] {
+        for vocab in vocabularies {
             let (logits, rows) = (rng.numbers(vocab), 24);
             let sampling: Vec<Sampling> = (0..rows).map(|seed| Sampling { seed_low: seed, ..how }).collect();
             let tokens = sample_each(vocab, workgroup, &logits.repeat(rows as usize), sampling);
@@ -240,7 +241,7 @@ fn vocabularies_of_any_size() {
             differ += usize::from(tokens.iter().any(|token| *token != tokens[0]));
         }
     }
-    assert!(differ > 10, "seeds made a difference only {differ} times");
+    assert!(differ > 8, "seeds made a difference only {differ} times");
 }
 
 #[test]
