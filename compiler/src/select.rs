@@ -64,7 +64,11 @@ impl Selector<'_> {
             (lanes, Some(_)) => format!("{lanes} lanes a row, added by subgroup shuffles"),
             (lanes, None) => format!("{lanes} lanes a row, added through workgroup memory"),
         };
-        format!("profile {}: {lanes}; {} tokens share a row", self.profile.name, self.tile)
+        let tile = match self.tile {
+            1 => "each token reads its rows".to_owned(),
+            tile => format!("{tile} tokens share a row that was read"),
+        };
+        format!("profile {}: {lanes}; {tile}", self.profile.name)
     }
 
     fn matrix(&self, kernel: &'static str, stored: Stored, k: usize) -> Variant {

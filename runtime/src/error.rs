@@ -52,7 +52,7 @@ pub enum Error {
     /// Device memory is exhausted.
     #[error(
         "out of memory on {device}: {name} needs {bytes} bytes, {held} are in use{}; choose a smaller model, \
-         narrower weights (`--weights`), fewer sequences or a smaller context",
+         narrower weights (`moewe compile --weights`), fewer sequences or a smaller context",
         budget.map(|b| format!(" of {b} available")).unwrap_or_default()
     )]
     OutOfMemory {

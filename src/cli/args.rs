@@ -1,6 +1,6 @@
 //! The command line, as clap parses it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
@@ -75,8 +75,8 @@ fn token_id(text: &str) -> Result<u32, &'static str> {
 #[derive(Args, Debug)]
 pub struct ModelArgs {
     /// Checkpoint directory (config.json, *.safetensors) or compiled bundle
-    #[arg(value_name = "MODEL")]
-    pub model: PathBuf,
+    #[arg(value_name = "MODEL", required_unless_present = "device")]
+    model: Option<PathBuf>,
 
     #[command(flatten)]
     pub device: DeviceArgs,
@@ -92,6 +92,13 @@ pub struct ModelArgs {
     /// Most prompt tokens in one pass [default: as many as fit]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Device")]
     pub prefill_chunk: Option<u32>,
+}
+
+impl ModelArgs {
+    /// MODEL, or nothing if it was left out, as `--device list` allows.
+    pub fn path(&self) -> &Path {
+        self.model.as_deref().unwrap_or(Path::new(""))
+    }
 }
 
 /// Which device.

@@ -24,7 +24,7 @@ pub fn run(args: &ChatArgs) -> anyhow::Result<()> {
     let Some(text) = opened.text.as_ref().filter(|text| text.has_chat_template()) else {
         return usage(format!(
             "{}: the model has no tokenizer with a chat template; continue plain text with `moewe run`",
-            args.model.model.display()
+            args.model.path().display()
         ));
     };
     let options = options(&args.sampling, &args.model, &opened.defaults)?;

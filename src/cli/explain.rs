@@ -95,7 +95,7 @@ fn short(kernel: &Kernel) -> &str {
 
 fn program_text(plan: &Plan, program: &Program, args: &ExplainArgs) -> String {
     let mut out = format!(
-        "\nForward pass of {} token(s), {} behind each: {} dispatches, recorded ahead as one pass.\n\
+        "\nForward pass, tokens: {}, context behind each: {}, dispatches: {}, recorded ahead as one pass.\n\
          CPU visits between its tokens and dispatches: none. Grids come from the size of the batch, chosen experts are read\n\
          by the kernels, and the sampled token is the next pass's input on the device.\n",
         args.tokens,
@@ -130,7 +130,7 @@ fn program_text(plan: &Plan, program: &Program, args: &ExplainArgs) -> String {
         }
         let table = table.to_string();
         let head = format!(
-            "\n{name}: {} dispatches, {} moved, {} flops",
+            "\n{name}: dispatches {}, bytes moved {}, flops {}",
             steps.len(),
             output::bytes(totals.0 as f64),
             output::count(totals.1 as f64)

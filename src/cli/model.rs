@@ -57,8 +57,11 @@ pub struct Opened {
 
 /// Opens MODEL: a bundle as it is, a checkpoint through the cache. `None` if only the devices were to be listed.
 pub fn open(args: &ModelArgs) -> anyhow::Result<Option<Opened>> {
-    let path = &args.model;
+    let path = args.path();
     if args.device.device.as_deref() != Some("list") {
+        if path.as_os_str().is_empty() {
+            return usage("no MODEL: give a checkpoint directory or a bundle");
+        }
         must_exist(path, "MODEL is a checkpoint directory or a bundle")?;
     }
     let Some(gpu) = open_device(&args.device)? else { return Ok(None) };

@@ -29,6 +29,11 @@ pub fn color() -> bool {
     io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
 
+/// Text in the background of what follows, where there is colour.
+pub fn dim(text: &str) -> String {
+    if color() && !text.is_empty() { format!("\x1b[2m{text}\x1b[0m") } else { text.to_owned() }
+}
+
 /// Characters in a line of the terminal.
 pub fn width() -> usize {
     let columns = std::env::var("COLUMNS").ok().and_then(|columns| columns.parse().ok());

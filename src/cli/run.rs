@@ -51,7 +51,7 @@ pub fn run(args: &RunArgs) -> anyhow::Result<()> {
             if let Some(name) = &prompt.name {
                 output::write(&format!("── {name}\n"))?;
             }
-            output::write(prompt.text.as_deref().unwrap_or_default())?;
+            output::write(&output::dim(prompt.text.as_deref().unwrap_or_default()))?;
         }
         let generated = generate(&mut session, ids, &options, |token| printer.push(token));
         if generated.is_err() && !args.json {
@@ -143,13 +143,15 @@ fn encode(prompt: &Prompt, text: Option<&Text>, args: &RunArgs) -> anyhow::Resul
     if let Some(tokens) = &prompt.tokens {
         return Ok(tokens.clone());
     }
-    encode_text(prompt.text.as_deref().unwrap_or_default(), text, &args.model.model)
+    encode_text(prompt.text.as_deref().unwrap_or_default(), text, args.model.path())
 }
 
 /// Token ids of a text.
 pub fn encode_text(prompt: &str, text: Option<&Text>, model: &std::path::Path) -> anyhow::Result<Vec<u32>> {
     match text {
-        _ if prompt.is_empty() => usage("the prompt is empty; give at least one character"),
+        _ if prompt.is_empty() => {
+            usage("the prompt is empty; give a text, --tokens 1,2,3, or a text on standard input")
+        }
         Some(text) => Ok(text.encode(prompt, true)?),
         None => usage(format!(
             "{}: no tokenizer.json, so text cannot be read; give token ids with --tokens (other tokenizer files, such as \

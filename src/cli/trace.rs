@@ -32,7 +32,7 @@ pub fn run(args: &TraceArgs) -> anyhow::Result<()> {
     let Some(opened) = model::open(&args.model)? else { return Ok(()) };
     let tokens = match (&args.tokens, &args.prompt) {
         (Some(tokens), _) => tokens.clone(),
-        (None, Some(prompt)) => encode_text(prompt, opened.text.as_ref(), &args.model.model)?,
+        (None, Some(prompt)) => encode_text(prompt, opened.text.as_ref(), args.model.path())?,
         (None, None) => unreachable!("checked above"),
     };
     let plan = opened.plan();
