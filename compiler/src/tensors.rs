@@ -20,7 +20,7 @@ pub enum Part {
     Attention,
     /// Dense feed-forward layers.
     DenseFfn,
-    /// Router weight [E, D] and selection bias [E].
+    /// Router weight `[E, D]` and selection bias `[E]`.
     Router,
     /// Routed experts.
     RoutedExperts,

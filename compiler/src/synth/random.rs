@@ -6,7 +6,7 @@ use half::bf16;
 
 use crate::checkpoint::Dtype;
 
-/// Distribution of the elements of a tensor: normal, cut off at [`MAX_Z`] standard deviations.
+/// Distribution of the elements of a tensor: normal, cut off at [`max_z`] standard deviations.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Law {
     pub(super) mean: f64,
