@@ -93,7 +93,7 @@ fn trace_sequence(
             let name = format!("mtp.{module}.input_ids");
             if wanted(&name) {
                 let ids = shifted.iter().map(|&id| id as i32).collect();
-                append(&mut tensors, name, Tensor { shape: vec![shifted.len()], data: Numbers::I32(ids) });
+                append(&mut tensors, name, Tensor { shape: vec![shifted.len()], data: Numbers::I32(ids) })?;
             }
             if is_last {
                 extended.push(argmax_of_last(session, kind, &format!("mtp.{module}.logits"))?);
@@ -103,7 +103,7 @@ fn trace_sequence(
     }
     if wanted("input_ids") {
         let ids = tokens.iter().map(|&id| id as i32).collect();
-        append(&mut tensors, "input_ids".into(), Tensor { shape: vec![tokens.len()], data: Numbers::I32(ids) });
+        append(&mut tensors, "input_ids".into(), Tensor { shape: vec![tokens.len()], data: Numbers::I32(ids) })?;
     }
     Ok(tensors)
 }
@@ -125,31 +125,37 @@ fn collect(
             Words::F32(numbers) => Numbers::F32(numbers),
             Words::U32(ids) => Numbers::I32(ids.into_iter().map(|id| id as i32).collect()),
         };
-        append(tensors, tap.name, Tensor { shape: tap.shape.to_vec(), data });
+        append(tensors, tap.name, Tensor { shape: tap.shape.to_vec(), data })?;
     }
     Ok(())
 }
 
 /// Puts the rows of a chunk behind those of the chunks before.
-fn append(tensors: &mut Tensors, name: String, more: Tensor) {
+fn append(tensors: &mut Tensors, name: String, more: Tensor) -> Result<(), Error> {
     match tensors.entry(name) {
         std::collections::btree_map::Entry::Vacant(entry) => drop(entry.insert(more)),
         std::collections::btree_map::Entry::Occupied(mut entry) => {
+            let what = format!("taps called {} differ in kind", entry.key());
             let tensor = entry.get_mut();
-            tensor.shape[0] += more.shape[0];
+            let same_columns = tensor.shape[1..] == more.shape[1..];
             match (&mut tensor.data, more.data) {
-                (Numbers::F32(all), Numbers::F32(more)) => all.extend(more),
-                (Numbers::I32(all), Numbers::I32(more)) => all.extend(more),
-                _ => unreachable!("a tap keeps its type"),
+                (Numbers::F32(all), Numbers::F32(more)) if same_columns => all.extend(more),
+                (Numbers::I32(all), Numbers::I32(more)) if same_columns => all.extend(more),
+                _ => return Err(Error::Plan { what }),
             }
+            tensor.shape[0] += more.shape[0];
         }
     }
+    Ok(())
 }
 
 fn argmax_of_last(session: &Session, kind: ProgramKind, name: &str) -> Result<u32, Error> {
     let tap = session.read_tap(kind, name)?;
-    let Words::F32(logits) = tap.data else { unreachable!("logits are floats") };
-    let last = &logits[(tap.shape[0] - 1) * tap.shape[1]..];
+    let [rows, columns] = tap.shape;
+    let last = match &tap.data {
+        Words::F32(logits) if rows > 0 => &logits[(rows - 1) * columns..],
+        _ => return Err(Error::Plan { what: format!("tap {name} holds no logits") }),
+    };
     // The first of the largest, as the sampler has it.
     let best = last.iter().enumerate().fold(0, |best, (i, logit)| if *logit > last[best] { i } else { best });
     Ok(best as u32)
@@ -162,11 +168,11 @@ fn sort_experts(tensors: &mut Tensors) {
         let Some(Tensor { shape, data: Numbers::I32(ids) }) = tensors.get(&format!("{layer}.ids")).cloned() else {
             continue;
         };
-        let k = shape[1];
+        let Some(k) = shape.get(1).filter(|k| **k > 0) else { continue };
         let mut order: Vec<usize> = (0..ids.len()).collect();
-        order.chunks_mut(k.max(1)).for_each(|row| row.sort_by_key(|&i| ids[i]));
+        order.chunks_mut(*k).for_each(|row| row.sort_by_key(|&i| ids[i]));
         for name in [format!("{layer}.ids"), format!("{layer}.weights")] {
-            if let Some(tensor) = tensors.get_mut(&name) {
+            if let Some(tensor) = tensors.get_mut(&name).filter(|tensor| tensor.shape == shape) {
                 match &mut tensor.data {
                     Numbers::F32(all) => *all = order.iter().map(|&i| all[i]).collect(),
                     Numbers::I32(all) => *all = order.iter().map(|&i| all[i]).collect(),

@@ -76,6 +76,12 @@ impl Scene {
     }
 }
 
+/// Says what could not be tested on this machine, past the test harness, which shows no output of tests that pass.
+fn not_tested(what: &str) {
+    use std::io::Write;
+    let _ = writeln!(std::io::stderr(), "NOT TESTED HERE: {what}");
+}
+
 // ---- Safetensors files
 
 #[test]
@@ -171,7 +177,7 @@ fn missing_tensor() {
     fs::remove_file(scene.weights()).unwrap();
     scene.refuses(&["checkpoint", "no weights", "model.safetensors"]);
     fs::remove_file(scene.checkpoint.join("config.json")).unwrap();
-    scene.refuses(&["cannot read", "config.json"]);
+    scene.refuses(&["checkpoint: is no checkpoint: config.json is not in it"]);
 }
 
 #[test]
@@ -323,7 +329,7 @@ fn config_with_huge_fields() {
         for field in ["hidden_size", "intermediate_size", "moe_intermediate_size", "kv_lora_rank", "q_lora_rank"] {
             config[field] = json!(1 << 20);
         }
-        config["num_hidden_layers"] = json!(4096);
+        config["num_hidden_layers"] = json!(1024);
     });
     scene.compile_refuses(&["config.json", "field `hidden_size`", "parameters"]);
     scene.config(|config| config["n_routed_experts"] = json!(1 << 16));
@@ -550,7 +556,7 @@ fn models_that_are_none() {
     moewe!["explain", &config].refused(1, &["config.json", "not a moewe bundle"]);
     moewe!["explain", golden("v3-tiny")].refused(1, &["v3-tiny", "not a moewe bundle", "moewe compile"]);
     moewe!["compile", tiny_bundle(), "-o", temp.path().join("x")].refused(2, &["is a bundle already"]);
-    moewe!["run", temp.path(), "--tokens", "1"].refused(1, &["cannot read", "config.json"]);
+    moewe!["run", temp.path(), "--tokens", "1"].refused(1, &["is no checkpoint", "config.json"]);
 
     let plan = temp.path().join("plan");
     moewe!["compile", &config, "-o", &plan, "--plan-only"].ok();
@@ -684,8 +690,20 @@ fn no_vulkan_device() {
     }
 }
 
+/// Whether Mesa's software driver is there, whose limits and memory are known.
+fn software_driver() -> bool {
+    let there = moewe!["doctor", "--device", "list"].ok().stdout.contains("llvmpipe");
+    if !there {
+        not_tested("there is no llvmpipe");
+    }
+    there
+}
+
 #[test]
 fn device_without_a_needed_feature() {
+    if !software_driver() {
+        return;
+    }
     let temp = tempfile::tempdir().unwrap();
     // Subgroups of 32 invocations; a software driver's are as wide as the processor's vectors.
     let bundle = temp.path().join("hopper");
@@ -719,6 +737,9 @@ fn device_without_a_needed_feature() {
 fn out_of_device_memory() {
     // More weights than the machine has memory, made of the same few bytes over and over.
     const PIECE: u64 = 128 << 20;
+    if !software_driver() {
+        return;
+    }
     let temp = tempfile::tempdir().unwrap();
     let bundle = temp.path().join("bundle");
     copy(tiny_bundle(), &bundle);
@@ -770,13 +791,16 @@ fn read_only_output() {
     for place in [Path::new("/proc/moewe"), &file] {
         let (out, shown) = (place.join("out"), place.to_str().unwrap());
         moewe!["compile", &scene.checkpoint, "-o", &out].refused(1, &["cannot write", shown]);
-        moewe!["synth", "--like", &scene.checkpoint, "-o", &out].refused(1, &["cannot write", shown]);
+        let said = moewe!["synth", "--like", &scene.checkpoint, "-o", &out].refused(1, &["cannot write", shown]);
+        assert!(!said.contains("partial"), "{said}");
         scene.run().env("MOEWE_CACHE", place).refused(1, &["cannot write to the cache", shown]);
     }
     moewe!["trace", tiny_bundle(), "--tokens", "1", "-o", "/proc/x"].refused(1, &["cannot write /proc/x"]);
     moewe!["trace", tiny_bundle(), "--tokens", "1", "-o", file.join("x")].refused(1, &["file", "ot a directory"]);
     moewe!["trace", tiny_bundle(), "--tokens", "1", "-o", scene.path("no/x")].refused(2, &["/no: no such file"]);
-    moewe!["trace", tiny_bundle(), "--tokens", "1", "-o", scene.temp.path()].refused(2, &["is a directory"]);
+    moewe!["trace", tiny_bundle(), "--tokens", "1", "-o", scene.temp.path()].refused(2, &["is no regular file"]);
+    moewe!["trace", tiny_bundle(), "--tokens", "1", "-o", "/dev/null"].refused(2, &["/dev/null: is no regular file"]);
+    moewe!["trace", tiny_bundle(), "--tokens", "1", "--device", "0"].refused(2, &["no --out"]);
     moewe!["compile", &scene.checkpoint, "-o", "/"].refused(1, &["/", "exists already"]);
     assert_eq!(before, listing(scene.temp.path()));
     in_small_place("ro", |place| {
@@ -826,7 +850,7 @@ fn in_small_place(options: &str, calls: impl Fn(&Path) -> Vec<(Call, &'static st
     let mount = format!("mount -t tmpfs -o {options} none {}", place.display());
     let mounts = Command::new("unshare").args(["-rm", "sh", "-c", &mount]).output();
     if !mounts.as_ref().is_ok_and(|output| output.status.success()) {
-        eprintln!("NOT TESTED HERE: a file system with {options}, since `unshare -rm {mount}` gives {mounts:?}");
+        not_tested(&format!("a file system with {options}: `unshare -rm {mount}` gives {mounts:?}"));
         return;
     }
     for (call, words) in calls(&place) {
@@ -1038,7 +1062,7 @@ fn compile_anyhow(dir: &Path, out: &Path) {
 
 proptest::proptest! {
     #![proptest_config(proptest::prelude::ProptestConfig {
-        cases: 48, failure_persistence: None, ..Default::default()
+        cases: 96, failure_persistence: None, ..Default::default()
     })]
 
     #[test]
@@ -1058,7 +1082,7 @@ proptest::proptest! {
         changes in proptest::collection::vec((0u32.., b' '..b'~'), 1..4),
         cut in proptest::option::weighted(0.1, 0u32..),
         field in 0usize..64,
-        value in proptest::sample::select(vec!["0", "1", "2", "7", "4096", "null", "true", "[]", "-1", "1e9", "\"\""]),
+        value in proptest::sample::select(vec!["0", "1", "2", "7", "33", "null", "true", "[]", "-1", "1e9", "\"\""]),
     ) {
         let scene = Scene::new(SMALL);
         // One field is changed soundly as JSON goes, then some bytes are not.
@@ -1076,29 +1100,50 @@ proptest::proptest! {
     }
 }
 
+/// How many values there are in a value.
+fn leaves(value: &Value) -> usize {
+    match value {
+        Value::Object(fields) => fields.values().map(leaves).sum::<usize>().max(1),
+        Value::Array(list) => list.iter().map(leaves).sum::<usize>().max(1),
+        _ => 1,
+    }
+}
+
 /// Changes one value somewhere in a plan. Grids and parameters of kernels are only changed a little: a plan that asks
 /// for a great deal of work is slow, but sound.
 fn disturb_plan(plan: &mut Value, random: &mut impl FnMut(usize) -> usize) -> String {
     let mut at = plan;
     let mut path = String::new();
+    // Any value is as likely as any other, or any branch, so that the few values of small parts are changed too.
+    let by_value = random(2) == 0;
     loop {
-        let count = match at {
-            Value::Object(fields) => fields.len(),
-            Value::Array(list) => list.len(),
-            _ => 0,
+        let weights: Vec<usize> = match at {
+            Value::Object(fields) => {
+                let idle = ["generator", "format_version", "warnings", "why", "label", "cost"];
+                fields.iter().map(|(name, value)| if idle.contains(&&**name) { 0 } else { leaves(value) }).collect()
+            }
+            Value::Array(list) => list.iter().map(leaves).collect(),
+            _ => break,
         };
-        if count == 0 {
+        if weights.is_empty() {
             break;
         }
-        let index = random(count);
+        let weights: Vec<usize> = weights.into_iter().map(|n| if by_value { n } else { n.min(1) }).collect();
+        let mut left = random(weights.iter().sum());
+        let index = weights.iter().position(|weight| {
+            let here = left < *weight;
+            left = left.saturating_sub(*weight);
+            here
+        });
+        let index = index.expect("it is below the sum");
         at = match at {
             Value::Object(fields) => {
                 let (name, value) = fields.iter_mut().nth(index).unwrap();
-                path += &format!(".{name}");
+                path = format!("{path}.{name}");
                 value
             }
             Value::Array(list) => {
-                path += &format!("[{index}]");
+                path = format!("{path}[{index}]");
                 if random(12) == 0 {
                     if random(2) == 0 {
                         list.remove(index);
@@ -1137,7 +1182,8 @@ fn disturbed_plans_child() {
     use moewe::trace;
     use moewe_plan::{Bundle, ProgramKind};
     use moewe_runtime::{Error, GenerateOptions, Gpu, Model, Selector, Session, SessionOptions, generate};
-    let until = Instant::now() + Duration::from_secs(8);
+    let seconds = std::env::var("MOEWE_TEST_SECONDS").map_or(8, |seconds| seconds.parse().unwrap());
+    let until = Instant::now() + Duration::from_secs(seconds);
     let mut seed: u64 = std::env::var("MOEWE_TEST_SEED").unwrap().parse().unwrap();
     let mut random = |below: usize| {
         seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -1189,7 +1235,6 @@ fn disturbed_plans() {
     child.env("MOEWE_TEST_SEED", &seed).env("MOEWE_TEST_BUNDLE", &bundle);
     child.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
     let said = cli::finish(child.spawn().unwrap());
-    let last = said.stdout.lines().rev().take(4).collect::<Vec<_>>();
-    assert_eq!(said.code, Some(0), "MOEWE_TEST_SEED={seed}: {last:#?} {}", said.stderr);
-    println!("MOEWE_TEST_SEED={seed}: {last:?}");
+    let last = said.stdout.lines().rfind(|line| line.starts_with('.'));
+    assert_eq!(said.code, Some(0), "MOEWE_TEST_SEED={seed}, {last:?}: {} {}", said.stdout, said.stderr);
 }

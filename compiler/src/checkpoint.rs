@@ -158,6 +158,9 @@ impl Checkpoint {
             return Ok(Self { dir, config: Config::load(path)?, config_path: path.to_owned(), weights: None });
         }
         let config_path = path.join("config.json");
+        if !exists(&config_path) {
+            return Err(Error::NoConfig { path: path.to_owned() });
+        }
         let config = Config::load(&config_path)?;
         let index = path.join("model.safetensors.index.json");
         let single = path.join("model.safetensors");

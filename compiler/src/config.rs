@@ -23,7 +23,7 @@ const MAX_WIDTH: usize = 1 << 20;
 /// Largest head width.
 const MAX_HEAD_DIM: usize = 1 << 13;
 const MAX_HEADS: usize = 1 << 12;
-const MAX_LAYERS: usize = 1 << 12;
+const MAX_LAYERS: usize = 1 << 10;
 const MAX_EXPERTS: usize = 1 << 16;
 const MAX_VOCAB: usize = 1 << 24;
 const MAX_MTP: usize = 64;

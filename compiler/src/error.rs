@@ -97,6 +97,13 @@ pub enum Error {
         detail: String,
     },
 
+    /// The directory is no checkpoint.
+    #[error("{}: is no checkpoint: config.json is not in it; give a directory with config.json and *.safetensors", path.display())]
+    NoConfig {
+        /// The directory.
+        path: PathBuf,
+    },
+
     /// The directory holds no weights in a supported format.
     #[error("{}: no weights: neither model.safetensors nor model.safetensors.index.json is there; \
         download the safetensors files of the model", path.display())]

@@ -70,7 +70,7 @@ impl Profile {
         {
             let limit = if field == "max_binding_bytes" { 1 << 48 } else { u32::MAX.into() };
             let found = value.get(field).map_or_else(|| "absent".into(), |value| clip(&value.to_string()));
-            if !value.get(field).and_then(Value::as_u64).is_some_and(|number| number <= limit) {
+            if value.get(field).and_then(Value::as_u64).is_none_or(|number| number > limit) {
                 return Err(format!("field `{field}` is {found}, expected a whole number"));
             }
         }

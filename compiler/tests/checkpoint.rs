@@ -150,7 +150,7 @@ fn without_weights() {
     }
     holds(&text(Checkpoint::open(Path::new("/nowhere"))), &["cannot read /nowhere"]);
     let empty = tempfile::tempdir().unwrap();
-    holds(&text(Checkpoint::open(empty.path())), &["cannot read", "config.json"]);
+    holds(&text(Checkpoint::open(empty.path())), &["is no checkpoint", "config.json"]);
 }
 
 #[test]

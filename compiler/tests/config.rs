@@ -222,7 +222,7 @@ fn inconsistent_fields() {
         &v3_with(&[
             ("hidden_size", json!(1 << 20)),
             ("intermediate_size", json!(1 << 20)),
-            ("num_hidden_layers", json!(4096)),
+            ("num_hidden_layers", json!(1024)),
         ]),
         &["`hidden_size` is 1048576", "these fields together"],
     );

@@ -52,7 +52,8 @@ fn values_that_live_at_once_have_buffers_of_their_own() {
                 // Another value that is written while this one is still needed, or by the node that reads it last.
                 let end = last.get(value).copied().unwrap_or(value.node);
                 for (other, other_buffer) in &assigned {
-                    let clash = other != value && buffer == other_buffer && other.node >= value.node && other.node <= end;
+                    let clash =
+                        other != value && buffer == other_buffer && other.node >= value.node && other.node <= end;
                     assert!(!clash, "{target:?}: {other:?} overwrites {value:?}");
                 }
                 values += 1;

@@ -13,6 +13,9 @@ pub fn verify(plan: &Plan) -> Result<(), String> {
     ensure(plan.format_version == FORMAT_VERSION, || format!("format_version {}", plan.format_version))?;
     ensure(plan.model.vocab_size > 0, || "model.vocab_size is 0".into())?;
     ensure(plan.model.max_context > 0, || "model.max_context is 0".into())?;
+    let modules = plan.model.mtp_modules;
+    ensure(modules as usize <= plan.programs.len(), || format!("model.mtp_modules is {modules}, without programs"))?;
+    ensure(plan.model.experts < 1 << 20, || format!("model.experts is {}", plan.model.experts))?;
     for file in &plan.files {
         let path = Path::new(&file.path);
         let sound = if file.referenced { path.is_absolute() } else { is_plain_name(path) };

@@ -2,7 +2,7 @@
 //!
 //! A kernel is a WESL skeleton with sockets: modules `weight`, `latent` and `reduce` into which a [`Variant`] plugs one
 //! of several implementations, a generated module `tune` with its constants, and flags that switch parts on.
-//! [`link`] makes one WGSL text of it, which naga has validated with no more capabilities than the variant declares.
+//! [`link()`] makes one WGSL text of it, which naga has validated with no more capabilities than the variant declares.
 
 mod link;
 mod skeleton;

@@ -145,7 +145,11 @@ pub struct SamplingArgs {
 /// `moewe run`.
 #[derive(Args, Debug)]
 #[command(after_help = "Without PROMPT, --prompt and --tokens the prompt is read from standard input. \
-    A checkpoint is compiled once, into the user's cache directory (or $MOEWE_CACHE).")]
+    A checkpoint is compiled once, into the user's cache directory (or $MOEWE_CACHE).\n\n\
+    Examples:\n  \
+    moewe run models/demo \"The king said to\" -n 40 --seed 7\n  \
+    moewe run models/demo --prompt bible=\"The king\" --prompt json='{\"name\":' --heatmap\n  \
+    moewe run models/demo --tokens 0,51,82 --temperature 0 --json")]
 pub struct RunArgs {
     #[command(flatten)]
     pub model: ModelArgs,
@@ -179,8 +183,8 @@ pub struct RunArgs {
 
 /// `moewe chat`.
 #[derive(Args, Debug)]
-#[command(after_help = "Type a message and Enter. /clear forgets the conversation, /quit or Ctrl-D ends it, \
-    Ctrl-C stops an answer.")]
+#[command(after_help = "Type a message and Enter. /clear forgets the conversation, /quit or Ctrl-D ends it. \
+    Ctrl-C stops an answer; where none is being written, it ends the conversation, too.")]
 pub struct ChatArgs {
     #[command(flatten)]
     pub model: ModelArgs,
@@ -195,6 +199,8 @@ pub struct ChatArgs {
 
 /// `moewe trace`.
 #[derive(Args, Debug)]
+#[command(after_help = "Example: what the router of layer 3 decided for each token of a text:\n  \
+    moewe trace models/demo \"The king said to\" --taps moe.3 --out trace.safetensors")]
 pub struct TraceArgs {
     #[command(flatten)]
     pub model: ModelArgs,
@@ -211,8 +217,8 @@ pub struct TraceArgs {
     pub tokens: Option<Vec<u32>>,
 
     /// File to write, safetensors (f32 and i32)
-    #[arg(long, short, value_name = "FILE")]
-    pub out: PathBuf,
+    #[arg(long, short, value_name = "FILE", required_unless_present = "device")]
+    pub out: Option<PathBuf>,
 
     /// Tensors to write: names or their beginnings, such as logits,hidden,moe.3,mla,mtp [default: all]
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
@@ -239,6 +245,9 @@ pub enum WeightsArg {
 
 /// `moewe compile`.
 #[derive(Args, Debug)]
+#[command(after_help = "Examples:\n  \
+    moewe compile models/demo -o demo.moewe --target lavapipe\n  \
+    moewe compile DeepSeek-V3/config.json -o v3.moewe --target hopper --plan-only")]
 pub struct CompileArgs {
     /// Checkpoint directory, or a config.json with --plan-only
     #[arg(value_name = "CHECKPOINT")]
@@ -271,6 +280,8 @@ pub struct CompileArgs {
 
 /// `moewe inspect`.
 #[derive(Args, Debug)]
+#[command(after_help = "Example:\n  \
+    moewe inspect DeepSeek-V3/config.json --gpu h200 --price-per-gpu-hour 3")]
 pub struct InspectArgs {
     /// Checkpoint directory, bundle or config.json
     #[arg(value_name = "MODEL")]

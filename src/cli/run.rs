@@ -169,7 +169,11 @@ fn expert_counts(session: &mut Session, ids: &[u32]) -> anyhow::Result<Vec<Vec<u
     let counts = names.iter().map(|name| {
         let mut counts = vec![0; info.experts as usize];
         if let Some(Numbers::I32(ids)) = tensors.get(name).map(|tensor| &tensor.data) {
-            ids.iter().for_each(|&id| counts[id as usize] += 1);
+            ids.iter().filter_map(|&id| usize::try_from(id).ok()).for_each(|id| {
+                if let Some(count) = counts.get_mut(id) {
+                    *count += 1;
+                }
+            });
         }
         counts
     });

@@ -19,16 +19,19 @@ use super::{model, output, usage};
 
 /// Runs one forward pass and writes its tensors.
 pub fn run(args: &TraceArgs) -> anyhow::Result<()> {
-    let lists_devices = args.model.device.device.as_deref() == Some("list");
-    if args.tokens.is_none() && args.prompt.is_none() && !lists_devices {
+    if args.model.device.device.as_deref() == Some("list") {
+        model::open(&args.model)?;
+        return Ok(());
+    }
+    if args.tokens.is_none() && args.prompt.is_none() {
         return usage("nothing to run: give --tokens 1,2,3 or a text");
     }
-    if args.out.is_dir() {
-        return usage(format!("--out {}: is a directory; give the name of a file", args.out.display()));
+    let Some(out) = &args.out else { return usage("no --out: give the name of the file to write") };
+    // Whatever is there is replaced, so only a file may be there.
+    if out.exists() && !out.is_file() {
+        return usage(format!("--out {}: is no regular file; give the name of a file", out.display()));
     }
-    if !lists_devices {
-        model::must_exist(folder(&args.out), "--out is a file in a directory that exists")?;
-    }
+    model::must_exist(folder(out), "--out is a file in a directory that exists")?;
     let Some(opened) = model::open(&args.model)? else { return Ok(()) };
     let tokens = match (&args.tokens, &args.prompt) {
         (Some(tokens), _) => tokens.clone(),
@@ -51,7 +54,7 @@ pub fn run(args: &TraceArgs) -> anyhow::Result<()> {
         }
     }
     let wanted = |name: &str| args.taps.is_empty() || args.taps.iter().any(|pattern| matches(pattern, name));
-    let output = Output::new(&args.out)?;
+    let output = Output::new(out)?;
     let kinds = trace::kinds(plan.model.mtp_modules);
     let model = opened.load(&kinds)?;
     let mut session = model::session(&model, &args.model, &kinds)?;
@@ -63,9 +66,9 @@ pub fn run(args: &TraceArgs) -> anyhow::Result<()> {
             let dtype = if matches!(tensor.data, Numbers::F32(_)) { "F32" } else { "I32" };
             json!({ "name": name, "dtype": dtype, "shape": tensor.shape })
         });
-        return output::json(&json!({ "file": args.out, "tensors": listed.collect::<Vec<_>>() }));
+        return output::json(&json!({ "file": out, "tensors": listed.collect::<Vec<_>>() }));
     }
-    output::note(&format!("{}: {} tensors of {} tokens", args.out.display(), tensors.len(), tokens.len()));
+    output::note(&format!("{}: {} tensors of {} tokens", out.display(), tensors.len(), tokens.len()));
     Ok(())
 }
 

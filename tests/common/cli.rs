@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Map, Value};
 
 /// Nothing that is tested here takes so long, however busy the machine is.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_mins(2);
 
 /// The program under test.
 pub const MOEWE: &str = env!("CARGO_BIN_EXE_moewe");

@@ -63,10 +63,13 @@ impl Partial {
             Some(parent) if !parent.as_os_str().is_empty() => parent,
             _ => Path::new("."),
         };
-        let write = |path: &Path, source| Error::Write { path: path.to_owned(), source };
-        fs::create_dir_all(parent).map_err(|e| write(parent, e))?;
+        let write = |source| Error::Write { path: out.to_owned(), source };
+        if parent.exists() && !parent.is_dir() {
+            return Err(write(std::io::ErrorKind::NotADirectory.into()));
+        }
+        fs::create_dir_all(parent).map_err(write)?;
         let path = parent.join(format!(".{}.partial-{}", name.to_string_lossy(), std::process::id()));
-        fs::create_dir(&path).map_err(|e| write(&path, e))?;
+        fs::create_dir(&path).map_err(write)?;
         Ok(Self { path })
     }
 }
