@@ -14,7 +14,7 @@ use serde_json::Value;
 use self::fields::{Fields, ORIGINAL};
 pub use self::rope::{Rope, Yarn};
 use crate::{
-    checkpoint::Dtype,
+    dtype::Dtype,
     error::{Error, Result, clip},
 };
 

@@ -460,32 +460,6 @@ impl Graph {
             value.node = renumbered[value.node];
         }
     }
-
-    /// Checks order, types and weight shapes of every node.
-    pub fn verify(&self) -> Result<(), GraphError> {
-        for (id, node) in self.nodes.iter().enumerate() {
-            let fail = |what: String| GraphError { node: id, label: node.label.clone(), what };
-            for input in &node.inputs {
-                let known = input.node < id && input.output < self.nodes[input.node].outputs.len();
-                if !known {
-                    return Err(fail(format!("input {input} does not come before it")));
-                }
-            }
-            let expected = crate::infer::output_types(self, &node.op, &node.inputs).map_err(fail)?;
-            if expected != node.outputs {
-                let (found, expected) = (list(&node.outputs), list(&expected));
-                return Err(fail(format!("{} has outputs ({found}), ({expected}) expected", node.op.name())));
-            }
-        }
-        for tap in &self.taps {
-            let sound = self.nodes.get(tap.value.node).and_then(|n| n.outputs.get(tap.value.output));
-            if sound.is_none_or(|ty| tap.offset + tap.columns > ty.row_len()) {
-                let what = format!("tap {} does not fit its tensor", tap.name);
-                return Err(GraphError { node: tap.value.node, label: "taps".into(), what });
-            }
-        }
-        Ok(())
-    }
 }
 
 /// One line for each node, `%12 = Linear[norm](%9, %11) : f32[T, 64]   layers.0.o`, then one for each tap.
@@ -506,6 +480,6 @@ impl fmt::Display for Graph {
 }
 
 /// Things with commas between them.
-fn list<T: fmt::Display>(items: &[T]) -> String {
+pub(crate) fn list<T: fmt::Display>(items: &[T]) -> String {
     items.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }

@@ -2,7 +2,7 @@
 
 use moewe_plan::DType;
 
-use crate::graph::{Graph, Mla, Norm, Op, RouterRule, Rows, TensorType, Value, WeightId, WeightRef};
+use crate::graph::{Graph, GraphError, Mla, Norm, Op, RouterRule, Rows, TensorType, Value, WeightId, WeightRef, list};
 
 /// Types of the outputs of `op` on `inputs`, or what is wrong with the inputs or the weights that it names.
 pub fn output_types(graph: &Graph, op: &Op, inputs: &[Value]) -> Result<Vec<TensorType>, String> {
@@ -463,5 +463,33 @@ impl Operands<'_> {
     /// This many integers, with the rows of the first input.
     fn ids(&self, count: usize) -> Types {
         Ok(vec![TensorType { dtype: DType::U32, rows: self.ty(0)?.rows, shape: vec![count] }])
+    }
+}
+
+impl Graph {
+    /// Checks order, types and weight shapes of every node.
+    pub fn verify(&self) -> Result<(), GraphError> {
+        for (id, node) in self.nodes.iter().enumerate() {
+            let fail = |what: String| GraphError { node: id, label: node.label.clone(), what };
+            for input in &node.inputs {
+                let known = input.node < id && input.output < self.nodes[input.node].outputs.len();
+                if !known {
+                    return Err(fail(format!("input {input} does not come before it")));
+                }
+            }
+            let expected = output_types(self, &node.op, &node.inputs).map_err(fail)?;
+            if expected != node.outputs {
+                let (found, expected) = (list(&node.outputs), list(&expected));
+                return Err(fail(format!("{} has outputs ({found}), ({expected}) expected", node.op.name())));
+            }
+        }
+        for tap in &self.taps {
+            let sound = self.nodes.get(tap.value.node).and_then(|n| n.outputs.get(tap.value.output));
+            if sound.is_none_or(|ty| tap.offset + tap.columns > ty.row_len()) {
+                let what = format!("tap {} does not fit its tensor", tap.name);
+                return Err(GraphError { node: tap.value.node, label: "taps".into(), what });
+            }
+        }
+        Ok(())
     }
 }

@@ -10,8 +10,9 @@ use serde::Serialize;
 
 pub use self::gpu::{BatchFloor, GPUS, Gpu, GpuOptions, GpuReport};
 use crate::{
-    checkpoint::{Checkpoint, Dtype},
+    checkpoint::Checkpoint,
     config::Config,
+    dtype::Dtype,
     error::{Error, Result},
     tensors::{self, Expected, Part, Role},
 };

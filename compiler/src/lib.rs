@@ -4,6 +4,7 @@
 pub mod checkpoint;
 pub mod compile;
 pub mod config;
+pub mod dtype;
 pub mod error;
 pub mod graph;
 pub mod infer;

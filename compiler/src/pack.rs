@@ -5,7 +5,8 @@ use std::collections::HashMap;
 
 use moewe_plan::{Segment, Shard, Weight, WeightFile, WeightFormat};
 
-use crate::checkpoint::{Checkpoint, Dtype};
+use crate::checkpoint::Checkpoint;
+use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::graph::WeightRef;
 use crate::select::{Scales, Stored};

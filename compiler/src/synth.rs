@@ -15,8 +15,8 @@ use serde_json::{Map, Value, json};
 
 use self::writer::Tensor;
 use crate::{
-    checkpoint::Dtype,
     config::{Config, read_json},
+    dtype::Dtype,
     error::{Error, Result, clip},
     tensors::{self, Part, Role},
 };

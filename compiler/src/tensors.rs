@@ -3,8 +3,9 @@
 use serde::Serialize;
 
 use crate::{
-    checkpoint::{Checkpoint, Dtype, TensorView},
+    checkpoint::{Checkpoint, TensorView},
     config::{Config, TopkMethod},
+    dtype::Dtype,
     error::{Error, Result},
 };
 

@@ -11,7 +11,8 @@ use moewe_plan::{Entry, Mapped, Segment, Staging, Weight, WeightFile, WeightForm
 use rayon::prelude::*;
 use safetensors::tensor::{View, serialize_to_file};
 
-use crate::checkpoint::{Checkpoint, Dtype, TensorView};
+use crate::checkpoint::{Checkpoint, TensorView};
+use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::pack::{Content, Item, Packer, place_item};
 

@@ -5,11 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use moewe_compiler::{
-    checkpoint::{Checkpoint, Dtype},
-    error::Result,
-    tensors,
-};
+use moewe_compiler::{checkpoint::Checkpoint, dtype::Dtype, error::Result, tensors};
 use proptest::prelude::*;
 use serde_json::{Map, Value, json};
 use tempfile::TempDir;

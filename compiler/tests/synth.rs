@@ -8,8 +8,9 @@ use std::{
 };
 
 use moewe_compiler::{
-    checkpoint::{Checkpoint, Dtype},
+    checkpoint::Checkpoint,
     config::Config,
+    dtype::Dtype,
     error::Error,
     synth::{Options, PRESETS, Shape, Storage, write},
     tensors,

@@ -10,7 +10,7 @@ use serde::{
     de::{Error as _, IgnoredAny, MapAccess, Visitor},
 };
 
-use super::Dtype;
+use crate::dtype::Dtype;
 use crate::error::{Error, Result, clip};
 
 /// Longest header accepted; the same limit as the reference implementation's.

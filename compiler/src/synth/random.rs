@@ -4,7 +4,7 @@ use std::sync::LazyLock;
 
 use half::bf16;
 
-use crate::checkpoint::Dtype;
+use crate::dtype::Dtype;
 
 /// Distribution of the elements of a tensor: normal, cut off at [`max_z`] standard deviations.
 #[derive(Clone, Copy, Debug, PartialEq)]

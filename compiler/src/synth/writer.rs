@@ -17,7 +17,7 @@ use super::{
     random::{self, Law},
 };
 use crate::{
-    checkpoint::Dtype,
+    dtype::Dtype,
     error::{Error, Result},
 };
 
