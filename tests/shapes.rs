@@ -6,7 +6,7 @@ use moewe_compiler::compile::{Options, compile};
 use moewe_compiler::profile::Profile;
 use moewe_compiler::synth::{self, Shape};
 use moewe_oracle::{Data, rel_l2};
-use moewe_plan::{Bundle, ProgramKind};
+use moewe_plan::{Bundle, ProgramKind, WeightFormat};
 use moewe_runtime::{GenerateOptions, Gpu, Model, Selector, Session, SessionOptions, generate};
 
 /// As for the golden files; ids must be identical.
@@ -36,12 +36,21 @@ impl Random {
 /// Traces and generates with a synthesised checkpoint on the device and compares with the oracle. Returns the number of
 /// tensors compared.
 fn check(like: &str, scale: &[&str], seed: u64, tokens: &[u32]) -> usize {
+    check_as(None, like, scale, seed, tokens)
+}
+
+/// The same with weights converted to a format that loses nothing.
+fn check_as(weights: Option<WeightFormat>, like: &str, scale: &[&str], seed: u64, tokens: &[u32]) -> usize {
     let temp = tempfile::tempdir().unwrap();
     let (dir, out) = (temp.path().join("checkpoint"), temp.path().join("bundle"));
     let shape = Shape::new(like, scale, None).unwrap();
     synth::write(&shape, &dir, synth::Options { seed, ..synth::Options::default() }, &|_, _| ()).unwrap();
-    let options =
-        Options { profile: Profile::load("lavapipe").unwrap(), weights: None, reference: true, plan_only: false };
+    let options = Options {
+        profile: Profile::load("lavapipe").unwrap(),
+        weights,
+        reference: weights.is_none(),
+        plan_only: false,
+    };
     compile(&Checkpoint::open(&dir).unwrap(), &options, &out, &|_, _| ()).unwrap();
     let bundle = Bundle::open(&out).unwrap();
     let gpu =
@@ -178,6 +187,36 @@ fn random_shapes() {
         println!("seed {seed}: {like} {fields:?}, {} tokens", tokens.len());
         let scale: Vec<&str> = fields.iter().map(String::as_str).collect();
         assert!(check(like, &scale, seed, &tokens) > 5);
+    }
+}
+
+/// Matrices of a single row, as stored and converted: they are padded like any other.
+#[test]
+fn ranks_of_one() {
+    let fp8 = r#"quantization_config={"quant_method":"fp8","fmt":"e4m3","weight_block_size":[3,4]}"#;
+    let scale = [
+        "layers=2",
+        "first_k_dense_replace=1",
+        "hidden=13",
+        "vocab=17",
+        "intermediate_size=1",
+        "moe_intermediate_size=1",
+        "num_attention_heads=1",
+        "qk_nope_head_dim=1",
+        "qk_rope_head_dim=2",
+        "v_head_dim=1",
+        "kv_lora_rank=1",
+        "q_lora_rank=1",
+        "n_routed_experts=4",
+        "n_group=2",
+        "topk_group=1",
+        "num_experts_per_tok=2",
+        "num_nextn_predict_layers=1",
+        "max_position_embeddings=64",
+        fp8,
+    ];
+    for weights in [None, Some(WeightFormat::F32)] {
+        assert!(check_as(weights, "v3", &scale, 11, &[1, 2, 3, 16]) > 18);
     }
 }
 

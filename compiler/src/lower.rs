@@ -104,7 +104,8 @@ pub fn lower(
             columns: tap.columns as u32,
         }
     });
-    Ok((taps.collect(), lowering.steps)).map(|(taps, steps)| (steps, taps))
+    let taps = taps.collect();
+    Ok((lowering.steps, taps))
 }
 
 impl Lowering<'_, '_> {

@@ -26,13 +26,8 @@ pub(crate) enum Content {
 pub(crate) struct Item {
     pub(crate) weight: Weight,
     pub(crate) content: Content,
-}
-
-impl Item {
-    /// Whether rows keep their padding: matrices do, flat lists of numbers have it only at their end.
-    pub(crate) fn is_flat(&self) -> bool {
-        self.weight.shape.len() == 2 && self.weight.shape[0] == 1
-    }
+    /// Whether it is a list of numbers, padded at its end; each row of a matrix is padded.
+    pub(crate) flat: bool,
 }
 
 /// A matrix as lowering needs it.
@@ -147,7 +142,7 @@ impl<'a> Packer<'a> {
         }
         let shards = plan.shards.iter().map(|shard| (shard.first, shard.count)).collect();
         let row_bytes = columns.next_multiple_of(4) * format.bytes();
-        let index = self.add(Item { weight: plan, content: Content::Tensors(names.clone()) });
+        let index = self.add(Item { weight: plan, content: Content::Tensors(names.clone()), flat: false });
         let scales = if format == WeightFormat::Fp8 { Some(self.scales(weight, &names)?) } else { None };
         Ok(Matrix {
             weight: index,
@@ -198,7 +193,7 @@ impl<'a> Packer<'a> {
                 expected: format!("at least {bytes}"),
             });
         }
-        Ok(self.add(Item { weight, content }))
+        Ok(self.add(Item { weight, content, flat: true }))
     }
 
     fn add(&mut self, item: Item) -> u32 {
@@ -216,14 +211,11 @@ impl<'a> Packer<'a> {
     }
 }
 
-/// Where the packed form of a tensor stands: a file and the offset and length of its bytes.
-pub(crate) type Place = Segment;
-
 /// Gives each shard of `item` its segments. `place(i)` says where content tensor i stands (padded for matrices), `zeros`
 /// where some zero bytes stand, for padding behind flat lists.
-pub(crate) fn place_item(item: &mut Item, place: impl Fn(usize) -> Place, zeros: Option<Place>) {
+pub(crate) fn place_item(item: &mut Item, place: impl Fn(usize) -> Segment, zeros: Option<Segment>) {
     let slice = item.weight.slice_bytes().expect("checked when it was added");
-    let flat = item.is_flat();
+    let flat = item.flat;
     let stacked = item.weight.shape.len() == 3;
     let parts = match &item.content {
         Content::Tensors(names) => names.len(),

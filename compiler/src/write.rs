@@ -63,7 +63,7 @@ struct Output<'a> {
 enum Source<'a> {
     /// The bytes as they are.
     Same(&'a [u8]),
-    /// Converted, rows padded to a multiple of four numbers.
+    /// Converted, rows padded with zeros to the output's width.
     Convert { tensor: TensorView<'a>, scales: Option<(TensorView<'a>, [usize; 2])> },
     /// Numbers.
     Numbers(&'a [f32]),
@@ -91,7 +91,10 @@ impl View for Output<'_> {
         match &self.source {
             Source::Same(bytes) => Cow::Borrowed(bytes),
             Source::Numbers(numbers) => Cow::Borrowed(bytemuck::cast_slice(numbers)),
-            Source::Convert { tensor, scales } => Cow::Owned(convert(tensor, scales.as_ref(), self.format)),
+            Source::Convert { tensor, scales } => {
+                let padded = self.shape.last().copied().unwrap_or(1);
+                Cow::Owned(convert(tensor, scales.as_ref(), self.format, padded))
+            }
         }
     }
 
@@ -112,10 +115,13 @@ fn number(tensor: &TensorView, i: usize) -> f32 {
     }
 }
 
-fn convert(tensor: &TensorView, scales: Option<&(TensorView, [usize; 2])>, format: WeightFormat) -> Vec<u8> {
+fn convert(
+    tensor: &TensorView,
+    scales: Option<&(TensorView, [usize; 2])>,
+    format: WeightFormat,
+    padded: usize,
+) -> Vec<u8> {
     let columns = tensor.shape.last().copied().unwrap_or(1).max(1);
-    // Matrices are padded row by row; vectors stay as they are.
-    let padded = if tensor.shape.len() > 1 { columns.next_multiple_of(4) } else { columns };
     let width = format.bytes() as usize;
     let mut out = vec![0; tensor.elements() / columns * padded * width];
     out.par_chunks_mut(padded * width).enumerate().for_each(|(row, out)| {
@@ -178,7 +184,7 @@ fn part<'a>(checkpoint: &'a Checkpoint, item: &Item, name: &str) -> Result<Part<
             | (Dtype::F8E4m3, WeightFormat::Fp8)
     );
     let columns = item.weight.shape.last().copied().unwrap_or(0);
-    Ok(Part { tensor, as_is: same_format && (item.is_flat() || columns.is_multiple_of(4)) })
+    Ok(Part { tensor, as_is: same_format && (item.flat || columns.is_multiple_of(4)) })
 }
 
 /// Writes the weights into `staging`, or refers to the checkpoint's own files for tensors that serve as they are. Returns
@@ -232,7 +238,7 @@ pub fn write_weights(
             let source = if serves {
                 Source::Same(tensor.data)
             } else {
-                if let (Some(last), true) = (shape.last_mut(), !item.is_flat()) {
+                if let (Some(last), true) = (shape.last_mut(), !item.flat) {
                     *last = last.next_multiple_of(4);
                 }
                 let block = checkpoint.config().quantization.as_ref().map(|q| q.weight_block_size);
