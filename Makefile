@@ -20,7 +20,7 @@ demo: setup
 # Mesa's device-select layer complains about a missing XDG_RUNTIME_DIR, once for each test; the tests pick devices themselves.
 test: export NODEVICE_SELECT = 1
 test: setup
-	$(CARGO) test --workspace --locked
+	@CARGO=$(CARGO) scripts/test
 
 lint:
 	$(CARGO) fmt --all --check
