@@ -1,5 +1,6 @@
 //! Whole models on the device against the golden files: every checkpoint, every sequence, every tensor, with prefill
-//! whole and in chunks, from a compiled bundle.
+//! whole and in chunks, from a bundle with its own weights and from one that refers to the checkpoint's, as `moewe run` and
+//! `moewe trace` make it of a checkpoint.
 
 use std::path::Path;
 
@@ -7,14 +8,18 @@ use std::path::Path;
 mod common;
 
 use common::{Golden, check, options, profile};
+use moewe_compiler::compile::Options;
 
 macro_rules! golden {
     ($($name:ident: $dir:literal),* $(,)?) => {
         $(#[test]
         fn $name() {
             let golden = Golden::open($dir);
-            let checked = check(&golden, &options(profile("lavapipe")), Some(8), &[None, Some(1), Some(5), Some(64)]);
-            assert_eq!(checked.len(), golden.sequences.len());
+            for reference in [false, true] {
+                let options = Options { reference, ..options(profile("lavapipe")) };
+                let checked = check(&golden, &options, Some(8), &[None, Some(1), Some(5), Some(64)]);
+                assert_eq!(checked.len(), golden.sequences.len());
+            }
         })*
 
         /// No checkpoint lies there that is not tested.
