@@ -59,7 +59,7 @@ pub enum Error {
         expected: u32,
     },
     /// The output exists already.
-    #[error("{}: exists already and is not a moewe bundle; choose another output directory or remove it", path.display())]
+    #[error("{}: exists already and is not a moewe bundle; choose another output directory", path.display())]
     OutputExists {
         /// The directory.
         path: PathBuf,
