@@ -30,7 +30,6 @@ pub const COMPANIONS: &[&str] = &[
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
-    "special_tokens_map.json",
     "chat_template.jinja",
     "chat_template.json",
 ];
@@ -120,24 +119,24 @@ fn plan<'a>(checkpoint: &'a Checkpoint, options: &Options) -> Result<Planned<'a>
     let mut shared = Shared { packer, kernels: Kernels::default(), buffers: Buffers::default() };
     // Capacities depend on the buffers of all programs, so they are filled in when all are lowered.
     let mut programs = Vec::new();
-    let many = profile.token_tile as usize;
-    for precision in [Precision::Exact, Precision::Fast] {
-        for target in Target::all(config) {
-            let mut graph = model::build(config, target, &|name| checkpoint.contains(name));
-            passes::run_all(&mut graph).map_err(|error| Error::Kernel { detail: error.to_string() })?;
-            let (kind, name, first) = match target {
-                Target::Forward => (ProgramKind::Forward, "forward".to_owned(), 0),
-                Target::Trace => (ProgramKind::Trace, "trace".to_owned(), 0),
-                Target::Draft { module } => {
-                    (ProgramKind::Draft { module: module as u32 }, format!("draft.{module}"), module)
-                }
-            };
-            let tiles = if target == Target::Forward { vec![1, many] } else { vec![many] };
-            for tile in tiles {
+    for target in Target::all(config) {
+        let mut graph = model::build(config, target, &|name| checkpoint.contains(name));
+        passes::run_all(&mut graph).map_err(|error| Error::Kernel { detail: error.to_string() })?;
+        let (kind, name, first) = match target {
+            Target::Forward => (ProgramKind::Forward, "forward".to_owned(), 0),
+            Target::Trace => (ProgramKind::Trace, "trace".to_owned(), 0),
+            Target::Draft { module } => {
+                (ProgramKind::Draft { module: module as u32 }, format!("draft.{module}"), module)
+            }
+        };
+        // Decode is worth a program of its own, where no row is read for tokens that are not there.
+        let few = (1, FEW_TOKENS as u32);
+        let many = (profile.token_tile as usize, u32::MAX);
+        let tiles = if target == Target::Forward && many.0 > 1 { vec![few, many] } else { vec![many] };
+        for precision in [Precision::Exact, Precision::Fast] {
+            for &(tile, max_tokens) in &tiles {
                 let selector = Selector { profile, precision, tile };
                 let (steps, taps) = lower(config, &graph, selector, &name, first, &mut shared)?;
-                let few = target == Target::Forward && tile == 1 && many > 1;
-                let max_tokens = if few { FEW_TOKENS as u32 } else { u32::MAX };
                 programs.push(Program { kind, precision, max_tokens, max_rows: MAX_ROWS as u32, steps, taps });
             }
         }
@@ -205,8 +204,6 @@ fn info(config: &Config) -> ModelInfo {
         moe_layers: (0..config.num_hidden_layers).filter(|&l| config.is_moe(l)).map(|l| l as u32).collect(),
         experts: config.n_routed_experts as u32,
         mtp_modules: config.num_nextn_predict_layers as u32,
-        latent_numbers: config.latent_dim() as u32,
-        cached_layers: config.all_layers() as u32,
     }
 }
 

@@ -211,27 +211,26 @@ impl<'a> Packer<'a> {
     }
 }
 
-/// Gives each shard of `item` its segments. `place(i)` says where content tensor i stands (padded for matrices), `zeros`
-/// where some zero bytes stand, for padding behind flat lists.
-pub(crate) fn place_item(item: &mut Item, place: impl Fn(usize) -> Segment, zeros: Option<Segment>) {
-    let slice = item.weight.slice_bytes().expect("checked when it was added");
-    let flat = item.flat;
-    let stacked = item.weight.shape.len() == 3;
-    let parts = match &item.content {
-        Content::Tensors(names) => names.len(),
-        Content::Generated(_) => 1,
+/// Gives each shard of `item` its segments. `place` says where a tensor stands (padded for matrices), `zeros` where some zero
+/// bytes stand, for padding behind flat lists.
+pub(crate) fn place_item(item: &mut Item, place: impl Fn(&str) -> Segment, zeros: Option<Segment>) {
+    let Item { weight, content, flat } = item;
+    let slice = weight.slice_bytes().expect("checked when it was added");
+    let stacked = weight.shape.len() == 3;
+    let parts: Vec<Segment> = match content {
+        Content::Tensors(names) => names.iter().map(|name| place(name)).collect(),
+        Content::Generated(_) => vec![place(&weight.name)],
     };
-    for shard in &mut item.weight.shards {
-        shard.segments = if flat {
-            let mut segments: Vec<Segment> = (0..parts).map(&place).collect();
-            let missing = slice - segments.iter().map(|segment| segment.bytes).sum::<u64>();
-            segments.extend(zeros.filter(|_| missing > 0).map(|zeros| Segment { bytes: missing, ..zeros }));
-            segments
+    for shard in &mut weight.shards {
+        shard.segments = if *flat {
+            let missing = slice - parts.iter().map(|segment| segment.bytes).sum::<u64>();
+            let padding = zeros.filter(|_| missing > 0).map(|zeros| Segment { bytes: missing, ..zeros });
+            parts.iter().copied().chain(padding).collect()
         } else if stacked {
-            (shard.first..shard.first + shard.count).map(|expert| place(expert as usize)).collect()
+            parts[shard.first as usize..(shard.first + shard.count) as usize].to_vec()
         } else {
-            let whole = place(0);
-            vec![Segment { offset: whole.offset + shard.first * slice, bytes: shard.count * slice, ..whole }]
+            let offset = parts[0].offset + shard.first * slice;
+            vec![Segment { offset, bytes: shard.count * slice, ..parts[0] }]
         };
     }
 }

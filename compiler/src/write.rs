@@ -202,8 +202,7 @@ pub fn write_weights(
     let mut outputs: Vec<Output> = Vec::new();
     let mut referenced: Vec<usize> = Vec::new(); // files of the checkpoint
     let mut as_is: HashMap<String, (usize, u64, u64)> = HashMap::new();
-    let contents: Vec<Item> = items.clone();
-    for item in &contents {
+    for item in &items {
         let names = match &item.content {
             Content::Generated(numbers) => {
                 outputs.push(Output {
@@ -291,13 +290,7 @@ pub fn write_weights(
 
     let zeros = places.get(ZEROS).copied();
     for item in &mut items {
-        let content = item.content.clone();
-        let weight_name = item.weight.name.clone();
-        let place = |i: usize| match &content {
-            Content::Tensors(names) => places[&names[i]],
-            Content::Generated(_) => places[&weight_name],
-        };
-        place_item(item, place, zeros);
+        place_item(item, |name| places[name], zeros);
     }
     Ok((files, items.into_iter().map(|item| item.weight).collect(), warnings))
 }

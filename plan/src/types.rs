@@ -51,10 +51,6 @@ pub struct ModelInfo {
     pub experts: u32,
     /// Modules of multi-token prediction.
     pub mtp_modules: u32,
-    /// Numbers of the latent cache for one token and layer.
-    pub latent_numbers: u32,
-    /// Layers that have a latent cache, modules of multi-token prediction included.
-    pub cached_layers: u32,
 }
 
 /// What a device must offer to run the plan.

@@ -30,8 +30,6 @@ fn plan() -> Plan {
             moe_layers: vec![0],
             experts: 2,
             mtp_modules: 0,
-            latent_numbers: 3,
-            cached_layers: 1,
         },
         warnings: Vec::new(),
         requirements: Requirements {

@@ -94,6 +94,13 @@ pub struct ModelArgs {
     pub prefill_chunk: Option<u32>,
 }
 
+impl DeviceArgs {
+    /// Whether the devices are only to be listed.
+    pub fn is_list(&self) -> bool {
+        self.device.as_deref() == Some("list")
+    }
+}
+
 impl ModelArgs {
     /// MODEL, or nothing if it was left out, as `--device list` allows.
     pub fn path(&self) -> &Path {

@@ -27,7 +27,7 @@ pub fn run(args: &ChatArgs) -> anyhow::Result<()> {
             args.model.path().display()
         ));
     };
-    let options = options(&args.sampling, &args.model, &opened.defaults)?;
+    let options = options(&args.sampling, &args.model, &opened)?;
     let model = opened.load(&[ProgramKind::Forward])?;
     let mut session = model::session(&model, &args.model, &[ProgramKind::Forward])?;
     let system = || args.system.iter().map(Message::system).collect();

@@ -38,7 +38,7 @@ pub fn run(args: &CompileArgs) -> anyhow::Result<()> {
         plan_only: args.plan_only,
     };
     let checkpoint = Checkpoint::open(&args.checkpoint)?;
-    let bars = Bars::bytes();
+    let bars = Bars::default();
     let progress = |done, total| bars.set("compiling", done, total, true);
     let warnings = compile_until(&checkpoint, &options, &args.out, &progress, interrupt::flag())?;
     drop(bars);

@@ -8,17 +8,15 @@ use moewe_runtime::{GenerateOptions, Generated, Timing};
 use serde_json::json;
 
 use super::args::{ModelArgs, SamplingArgs};
+use super::model::Opened;
 use super::{interrupt, output, usage};
 
 /// Tokens that are generated where neither the user nor the model says how many.
 const DEFAULT_NEW_TOKENS: u32 = 256;
 
 /// The options of generation: what the user said, else what the model recommends, else greedy.
-pub fn options(
-    args: &SamplingArgs,
-    model: &ModelArgs,
-    defaults: &GenerationDefaults,
-) -> anyhow::Result<GenerateOptions> {
+pub fn options(args: &SamplingArgs, model: &ModelArgs, opened: &Opened) -> anyhow::Result<GenerateOptions> {
+    let defaults = &opened.defaults;
     // A checkpoint that recommends no sampling is run greedily, whatever else its file says.
     let recommended = if defaults.do_sample == Some(true) { defaults.clone() } else { GenerationDefaults::default() };
     let temperature = recommended.temperature.or(recommended.do_sample.map(|_| 1.0));
@@ -46,7 +44,12 @@ pub fn options(
     Ok(GenerateOptions {
         max_new_tokens: args.max_new_tokens.or(defaults.max_new_tokens).unwrap_or(DEFAULT_NEW_TOKENS) as usize,
         sampling,
-        stop_tokens: if args.ignore_eos { Vec::new() } else { defaults.eos_token_ids.clone().unwrap_or_default() },
+        // Besides those that config.json names, which the plan has.
+        stop_tokens: match &opened.text {
+            _ if args.ignore_eos => Vec::new(),
+            Some(text) => text.eos_ids(),
+            None => defaults.eos_token_ids.clone().unwrap_or_default(),
+        },
         ignore_eos: args.ignore_eos,
         chunk: model.prefill_chunk.map(|chunk| chunk as usize),
         ..GenerateOptions::default()

@@ -17,7 +17,7 @@ use super::{cache, interrupt, output, usage};
 
 /// Opens a device. `--device list` prints the devices and gives `None`.
 pub fn open_device(args: &DeviceArgs) -> anyhow::Result<Option<Arc<Gpu>>> {
-    if args.device.as_deref() == Some("list") {
+    if args.is_list() {
         let list = moewe_runtime::list();
         if list.is_empty() {
             Gpu::open(&Selector::Default)?; // says what to do
@@ -58,7 +58,7 @@ pub struct Opened {
 /// Opens MODEL: a bundle as it is, a checkpoint through the cache. `None` if only the devices were to be listed.
 pub fn open(args: &ModelArgs) -> anyhow::Result<Option<Opened>> {
     let path = args.path();
-    if args.device.device.as_deref() != Some("list") {
+    if !args.device.is_list() {
         if path.as_os_str().is_empty() {
             return usage("no MODEL: give a checkpoint directory or a bundle");
         }
@@ -91,7 +91,10 @@ pub fn open(args: &ModelArgs) -> anyhow::Result<Option<Opened>> {
             bundle.plan.model.vocab_size
         ));
     }
-    let defaults = GenerationDefaults::load(path)?;
+    let defaults = match &text {
+        Some(text) => text.generation().clone(),
+        None => GenerationDefaults::load(path)?,
+    };
     Ok(Some(Opened { gpu, bundle, text, defaults }))
 }
 
@@ -114,7 +117,7 @@ impl Opened {
 
     /// Loads the weights that programs of these kinds need.
     pub fn load(&self, kinds: &[ProgramKind]) -> anyhow::Result<Arc<Model>> {
-        let bars = Bars::bytes();
+        let bars = Bars::default();
         Ok(Model::load_for(&self.gpu, &self.bundle, kinds, &|progress| match progress {
             Progress::Verify { done, total } => bars.set("verifying weights", done, total, true),
             Progress::Upload { done, total } => bars.set("loading weights", done, total, true),
@@ -125,7 +128,7 @@ impl Opened {
 
 /// A session for programs of these kinds, with a progress bar for its pipelines.
 pub fn session(model: &Arc<Model>, args: &ModelArgs, kinds: &[ProgramKind]) -> anyhow::Result<Session> {
-    let bars = Bars::bytes();
+    let bars = Bars::default();
     let precision = args.precision.into();
     model.prepare(kinds, precision, &|progress| {
         if let Progress::Pipelines { done, total } = progress {
@@ -149,7 +152,7 @@ fn compiled(path: &Path, args: &ModelArgs, gpu: &Gpu) -> anyhow::Result<Bundle> 
     if let Ok(bundle) = Bundle::open(&dir) {
         return Ok(bundle);
     }
-    let bars = Bars::bytes();
+    let bars = Bars::default();
     let options = Options { profile, weights: None, reference: true, plan_only: false };
     let progress = |done, total| bars.set("compiling", done, total, true);
     compile::compile_until(&checkpoint, &options, &dir, &progress, interrupt::flag())?;

@@ -5,18 +5,13 @@ use std::sync::Mutex;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 /// Bars for stages of work, one after the other.
+#[derive(Default)]
 pub struct Bars {
     current: Mutex<Option<(&'static str, ProgressBar)>>,
-    bytes: bool,
 }
 
 impl Bars {
-    /// Bars that count bytes.
-    pub fn bytes() -> Self {
-        Self { current: Mutex::new(None), bytes: true }
-    }
-
-    /// Sets the bar of a stage, beginning it if another one is shown.
+    /// Sets the bar of a stage, beginning it if another one is shown. It counts bytes or pieces.
     pub fn set(&self, stage: &'static str, done: u64, total: u64, counts_bytes: bool) {
         let mut current = self.current.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         if current.as_ref().is_none_or(|(shown, _)| *shown != stage) {
@@ -24,7 +19,7 @@ impl Bars {
                 bar.finish_and_clear();
             }
             let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr());
-            let template = if self.bytes && counts_bytes {
+            let template = if counts_bytes {
                 "{msg:<20} [{bar:30}] {bytes}/{total_bytes} {binary_bytes_per_sec} {eta}"
             } else {
                 "{msg:<20} [{bar:30}] {pos}/{len} {eta}"

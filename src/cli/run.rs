@@ -30,7 +30,7 @@ pub fn run(args: &RunArgs) -> anyhow::Result<()> {
     let prompts = prompts(args)?;
     let started = Instant::now();
     let Some(opened) = model::open(&args.model)? else { return Ok(()) };
-    let options = options(&args.sampling, &args.model, &opened.defaults)?;
+    let options = options(&args.sampling, &args.model, &opened)?;
     let text = opened.text.as_ref();
     let info = &opened.plan().model;
     if args.heatmap && info.moe_layers.is_empty() {
@@ -104,7 +104,7 @@ pub fn run(args: &RunArgs) -> anyhow::Result<()> {
 }
 
 fn prompts(args: &RunArgs) -> anyhow::Result<Vec<Prompt>> {
-    if args.model.device.device.as_deref() == Some("list") {
+    if args.model.device.is_list() {
         return Ok(Vec::new());
     }
     if let Some(tokens) = &args.tokens {

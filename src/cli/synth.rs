@@ -15,7 +15,7 @@ pub fn run(args: &SynthArgs) -> anyhow::Result<()> {
     let storage = args.dtype.as_deref().map(Storage::named).transpose()?;
     let shape = Shape::new(&args.like, &args.scale, storage)?;
     let options = Options { seed: args.seed, interrupt: Some(interrupt::flag()), ..Options::default() };
-    let bars = Bars::bytes();
+    let bars = Bars::default();
     let summary = write(&shape, &args.out, options, &|done, total| bars.set("writing weights", done, total, true))?;
     drop(bars);
     let seconds = started.elapsed().as_secs_f64();

@@ -19,7 +19,7 @@ use super::{model, output, usage};
 
 /// Runs one forward pass and writes its tensors.
 pub fn run(args: &TraceArgs) -> anyhow::Result<()> {
-    if args.model.device.device.as_deref() == Some("list") {
+    if args.model.device.is_list() {
         model::open(&args.model)?;
         return Ok(());
     }

@@ -89,3 +89,11 @@ fn the_demo_model() {
         format!("{BOS}<｜User｜>Hi<｜Assistant｜>Hello.<｜end▁of▁sentence｜><｜User｜>Bye<｜Assistant｜>")
     );
 }
+
+/// A bundle carries along whatever text needs.
+#[test]
+fn the_compiler_copies_every_file_that_is_read_here() {
+    for name in moewe::text::TEXT_FILES {
+        assert!(moewe_compiler::compile::COMPANIONS.contains(&name), "{name}");
+    }
+}

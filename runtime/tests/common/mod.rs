@@ -198,8 +198,6 @@ pub fn plan() -> Plan {
             moe_layers: Vec::new(),
             experts: 0,
             mtp_modules: 0,
-            latent_numbers: 1,
-            cached_layers: 1,
         },
         warnings: Vec::new(),
         requirements: Requirements {
