@@ -19,7 +19,8 @@ demo: setup
 
 # Mesa's device-select layer complains about a missing XDG_RUNTIME_DIR, once for each test; the tests pick devices themselves.
 test: export NODEVICE_SELECT = 1
-test: setup
+test:
+	@scripts/setup --tests
 	@CARGO=$(CARGO) scripts/test
 
 lint:

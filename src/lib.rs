@@ -1,5 +1,8 @@
-//! The parts of the `moewe` command that do not need a device.
+//! The parts of the `moewe` command that are of use without a command line.
 
 pub mod heatmap;
+pub mod live;
+pub mod subject;
 pub mod text;
 pub mod trace;
+pub mod watch;

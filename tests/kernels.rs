@@ -4,6 +4,8 @@
 mod attention;
 #[path = "kernels/data.rs"]
 mod data;
+#[path = "kernels/edits.rs"]
+mod edits;
 #[path = "kernels/experts.rs"]
 mod experts;
 #[path = "kernels/harness.rs"]
@@ -12,6 +14,8 @@ mod harness;
 mod linear;
 #[path = "kernels/norms.rs"]
 mod norms;
+#[path = "kernels/prediction.rs"]
+mod prediction;
 #[path = "kernels/router.rs"]
 mod router;
 #[path = "kernels/sampler.rs"]

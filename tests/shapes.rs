@@ -6,7 +6,7 @@ use moewe_compiler::compile::{Options, compile};
 use moewe_compiler::profile::Profile;
 use moewe_compiler::synth::{self, Shape};
 use moewe_oracle::{Data, rel_l2};
-use moewe_plan::{Bundle, ProgramKind, WeightFormat};
+use moewe_plan::{Bundle, ProgramKind, TapChoice, WeightFormat};
 use moewe_runtime::{GenerateOptions, Gpu, Model, Selector, Session, SessionOptions, generate};
 
 /// As for the golden files; ids must be identical.
@@ -50,6 +50,7 @@ fn check_as(weights: Option<WeightFormat>, like: &str, scale: &[&str], seed: u64
         weights,
         reference: weights.is_none(),
         plan_only: false,
+        taps: TapChoice::none(),
     };
     compile(&Checkpoint::open(&dir).unwrap(), &options, &out, &|_, _| ()).unwrap();
     let bundle = Bundle::open(&out).unwrap();

@@ -1,10 +1,12 @@
 //! From a checkpoint to a bundle: all stages in order.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use moewe_plan::{
-    Dim, FORMAT_VERSION, ModelInfo, Plan, Precision, Program, ProgramKind, Requirements, Staging, Symbol, WeightFormat,
+    Binding, Dim, FORMAT_VERSION, ModelInfo, Plan, Precision, Program, ProgramKind, Requirements, Staging, Symbol,
+    TapChoice, WeightFormat,
 };
 
 use crate::checkpoint::Checkpoint;
@@ -45,6 +47,8 @@ pub struct Options {
     pub reference: bool,
     /// Make the plan and the kernels, but no weights.
     pub plan_only: bool,
+    /// What can be watched while text is generated. If it is nothing, there are no programs to watch and no parameters.
+    pub taps: TapChoice,
 }
 
 /// A plan with its kernels, before weights are written.
@@ -116,14 +120,17 @@ fn plan<'a>(checkpoint: &'a Checkpoint, options: &Options) -> Result<Planned<'a>
     let config = checkpoint.config();
     let profile = &options.profile;
     let packer = Packer::new(checkpoint, options.weights, profile.max_binding_bytes);
-    let mut shared = Shared { packer, kernels: Kernels::default(), buffers: Buffers::default() };
-    // Capacities depend on the buffers of all programs, so they are filled in when all are lowered.
+    let mut shared =
+        Shared { packer, kernels: Kernels::default(), buffers: Buffers::default(), parameters: Vec::new() };
+    // Buffers grow with every program, so capacities are filled in when all are lowered.
     let mut programs = Vec::new();
-    for target in Target::all(config) {
-        let mut graph = model::build(config, target, &|name| checkpoint.contains(name));
+    let watched = |target: &Target| *target != Target::Watch || !options.taps.is_none();
+    for target in Target::all(config).into_iter().filter(watched) {
+        let mut graph = model::build(config, target, &options.taps, &|name| checkpoint.contains(name));
         passes::run_all(&mut graph).map_err(|error| Error::Kernel { detail: error.to_string() })?;
         let (kind, name, first) = match target {
             Target::Forward => (ProgramKind::Forward, "forward".to_owned(), 0),
+            Target::Watch => (ProgramKind::Watch, "watch".to_owned(), 0),
             Target::Trace => (ProgramKind::Trace, "trace".to_owned(), 0),
             Target::Draft { module } => {
                 (ProgramKind::Draft { module: module as u32 }, format!("draft.{module}"), module)
@@ -132,7 +139,7 @@ fn plan<'a>(checkpoint: &'a Checkpoint, options: &Options) -> Result<Planned<'a>
         // Decode is worth a program of its own, where no row is read for tokens that are not there.
         let few = (1, FEW_TOKENS as u32);
         let many = (profile.token_tile as usize, u32::MAX);
-        let tiles = if target == Target::Forward && many.0 > 1 { vec![few, many] } else { vec![many] };
+        let tiles = if target != Target::Trace && many.0 > 1 { vec![few, many] } else { vec![many] };
         for precision in [Precision::Exact, Precision::Fast] {
             for &(tile, max_tokens) in &tiles {
                 let selector = Selector { profile, precision, tile };
@@ -141,12 +148,13 @@ fn plan<'a>(checkpoint: &'a Checkpoint, options: &Options) -> Result<Planned<'a>
             }
         }
     }
-    let Shared { packer, kernels, buffers } = shared;
-    let (max_tokens, max_rows) = capacities(config, profile, &buffers)?;
+    let Shared { packer, kernels, buffers, parameters } = shared;
     for program in &mut programs {
+        let (max_tokens, max_rows) = capacities(config, profile, &buffers, program)?;
         program.max_tokens = program.max_tokens.min(max_tokens);
-        if program.kind != ProgramKind::Forward {
-            program.max_rows = max_rows.min(max_tokens);
+        // The others end with logits instead of a sampled token for each row.
+        if !matches!(program.kind, ProgramKind::Forward | ProgramKind::Watch) {
+            program.max_rows = max_rows.min(program.max_tokens);
         }
     }
     let plan = Plan {
@@ -159,16 +167,22 @@ fn plan<'a>(checkpoint: &'a Checkpoint, options: &Options) -> Result<Planned<'a>
         weights: Vec::new(),
         buffers: buffers.list,
         kernels: kernels.list.clone(),
+        parameters,
         programs,
     };
     Ok(Planned { plan, packer, kernels })
 }
 
-/// Tokens and rows of logits that fit the target's binding limit in every buffer.
-fn capacities(config: &Config, profile: &Profile, buffers: &Buffers) -> Result<(u32, u32)> {
+/// Tokens and rows of logits that fit the target's binding limit in every buffer that a program uses.
+fn capacities(config: &Config, profile: &Profile, buffers: &Buffers, program: &Program) -> Result<(u32, u32)> {
+    let bound = program.steps.iter().flat_map(|step| &step.bindings).filter_map(|binding| match binding {
+        Binding::Buffer(buffer) => Some(*buffer),
+        Binding::Weight { .. } | Binding::Params => None,
+    });
+    let used: BTreeSet<u32> = bound.collect();
     let mut tokens = MAX_TOKENS.min(MAX_GRID / config.num_experts_per_tok.max(1) as u64);
     let mut rows = MAX_TOKENS;
-    for buffer in &buffers.list {
+    for buffer in used.into_iter().map(|index| &buffers.list[index as usize]) {
         // Bytes for one token, row, sequence or page, or of the whole.
         let (Dim::Const(length) | Dim::Times(_, length)) = buffer.elements else { continue };
         let least = 4 * length;
@@ -203,6 +217,17 @@ fn info(config: &Config) -> ModelInfo {
         layers: config.num_hidden_layers as u32,
         moe_layers: (0..config.num_hidden_layers).filter(|&l| config.is_moe(l)).map(|l| l as u32).collect(),
         experts: config.n_routed_experts as u32,
+        num_experts_per_tok: config.num_experts_per_tok as u32,
+        n_group: config.n_group as u32,
+        topk_group: config.topk_group as u32,
+        n_shared_experts: config.n_shared_experts as u32,
+        hidden_size: config.hidden_size as u32,
+        num_attention_heads: config.num_attention_heads as u32,
+        kv_lora_rank: config.kv_lora_rank as u32,
+        qk_rope_head_dim: config.qk_rope_head_dim as u32,
+        qk_nope_head_dim: config.qk_nope_head_dim as u32,
+        v_head_dim: config.v_head_dim as u32,
+        softmax_scale: config.softmax_scale() as f32,
         mtp_modules: config.num_nextn_predict_layers as u32,
     }
 }

@@ -5,9 +5,10 @@
 //! graph with plain operations; [`crate::passes`] rewrites them into the fused ones; [`crate::lower`] has a kernel
 //! for each operation that is left.
 
+use std::collections::BTreeSet;
 use std::fmt;
 
-use moewe_plan::DType;
+use moewe_plan::{DType, TOP_TOKENS, TapGroup};
 
 use crate::config::{Scoring, TopkMethod};
 
@@ -146,6 +147,24 @@ impl RouterRule {
     }
 }
 
+/// The token whose log probability and rank [`Op::TopTokens`] tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Asked {
+    /// None; there is no third output.
+    Nothing,
+    /// The one that follows: as the batch says, else what was sampled for the row. The second input is the sampled token
+    /// `[1]` of each wanted row. Row i of the logits belongs to token i, so logits of wanted rows are understood only
+    /// where these are all tokens in their order.
+    Next,
+    /// The first of the second input's ids `[k]`.
+    Given,
+}
+
+/// How many tokens [`Op::TopTokens`] tells of a vocabulary.
+pub fn top_tokens(vocab: usize) -> usize {
+    vocab.min(TOP_TOKENS as usize)
+}
+
 /// An operation. The comment gives inputs → outputs, one row each; `D` is the hidden size.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Op {
@@ -205,7 +224,8 @@ pub enum Op {
         layer: usize,
     },
     /// q `[H · (nope + rope)]` (rotated), cache `[rank + rope]` → `[H · v]`: causal attention over the layer's cache,
-    /// keys and values expanded by `kv_b` (§5, naive).
+    /// keys and values expanded by `kv_b` (§5, naive). The second output `[H, rank + rope]` is the query absorbed by
+    /// `kv_b`, the rotated part behind it, for those who want to see it.
     Attention {
         /// Layer.
         layer: usize,
@@ -243,6 +263,9 @@ pub enum Op {
     Sample,
     /// token `[1]` → nothing: makes the sampled tokens the next batch and notes them as finished.
     Advance,
+    /// logits `[V]` → ids `[k]` (u32) and probabilities `[k]` of the [`top_tokens`] likeliest tokens, best first; if a
+    /// token is asked for, also `[3]`: entropy, its log probability and its rank. See [`Asked`] for a second input.
+    TopTokens(Asked),
 
     // ---- fused operations ----
     /// `[rank + rope]` (output of kv_a) → `[rank + rope]`: RMSNorm of the latent, RoPE of the key, cache write.
@@ -338,6 +361,8 @@ impl Op {
             Op::Linear { bias: Some(_), .. } | Op::Router { bias: Some(_), .. } => traits.push("bias"),
             Op::AbsorbQuery { rotate: true, .. } => traits.push("rotate"),
             Op::ReadState { name, .. } | Op::WriteState(name) => traits.push(name),
+            Op::TopTokens(Asked::Next) => traits.push("next"),
+            Op::TopTokens(Asked::Given) => traits.push("given"),
             _ => {}
         }
         traits
@@ -367,8 +392,15 @@ pub struct Node {
 /// A named result that may be read when the program has run. Passes keep it; memory planning keeps it apart.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Tap {
-    /// Name as in the golden files (spec §10).
+    /// Name, that of the golden files (spec §10) if they have it. Two taps may share one if the rows of one are tokens,
+    /// and of the other wanted rows: where all tokens are wanted rows in their order, they hold the same.
     pub name: String,
+    /// What it belongs to.
+    pub group: TapGroup,
+    /// The layer, if it belongs to one.
+    pub layer: Option<usize>,
+    /// Whether what serves only such taps may be left out when none of them is read.
+    pub optional: bool,
     /// The tensor.
     pub value: Value,
     /// First number of the row that is shown.
@@ -386,6 +418,9 @@ pub struct Graph {
     pub weights: Vec<WeightRef>,
     /// Results.
     pub taps: Vec<Tap>,
+    /// Whether routers, cache writes and attention heads read the plan's parameters
+    /// ([`moewe_plan::ParameterKind`]). As long as those are neutral, that makes no difference.
+    pub parameters: bool,
 }
 
 /// Why a graph is not sound.
@@ -430,6 +465,29 @@ impl Graph {
     /// Whether exactly one input in the graph reads `value` and nothing taps it: then it may be swallowed.
     pub fn is_private(&self, value: Value) -> bool {
         !self.is_tapped(value) && self.readers(value).count() == 1
+    }
+
+    /// For each node the optional taps (indices into [`Graph::taps`]) that it serves, if it serves nothing else; none for
+    /// a node that always runs.
+    pub fn only_for(&self) -> Vec<Vec<usize>> {
+        let mut always: Vec<bool> = self.nodes.iter().map(|node| node.op.has_effect()).collect();
+        let mut serves = vec![BTreeSet::new(); self.nodes.len()];
+        for (index, tap) in self.taps.iter().enumerate() {
+            if tap.optional {
+                serves[tap.value.node].insert(index);
+            } else {
+                always[tap.value.node] = true;
+            }
+        }
+        for (id, node) in self.nodes.iter().enumerate().rev() {
+            for input in &node.inputs {
+                always[input.node] |= always[id];
+                let served = serves[id].clone();
+                serves[input.node].extend(served);
+            }
+        }
+        let only = |(always, serves): (bool, BTreeSet<usize>)| if always { Vec::new() } else { Vec::from_iter(serves) };
+        always.into_iter().zip(serves).map(only).collect()
     }
 
     /// Removes nodes that nothing needs and renumbers the rest.

@@ -2,16 +2,25 @@
 
 use moewe_plan::DType;
 
-use crate::graph::{Graph, GraphError, Mla, Norm, Op, RouterRule, Rows, TensorType, Value, WeightId, WeightRef, list};
+use crate::graph::{
+    Asked, Graph, GraphError, Mla, Norm, Op, RouterRule, Rows, TensorType, Value, WeightId, WeightRef, list, top_tokens,
+};
 
 /// Types of the outputs of `op` on `inputs`, or what is wrong with the inputs or the weights that it names.
 pub fn output_types(graph: &Graph, op: &Op, inputs: &[Value]) -> Result<Vec<TensorType>, String> {
     let on = Operands { graph, inputs };
-    on.same_rows()?;
+    // What was sampled for wanted rows tells what follows tokens.
+    if *op != Op::TopTokens(Asked::Next) {
+        on.same_rows()?;
+    }
     match op {
-        Op::Embed { .. } | Op::ReadState { .. } | Op::WriteState(_) | Op::GatherRows | Op::Sample | Op::Advance => {
-            ends(&on, op)
-        }
+        Op::Embed { .. }
+        | Op::ReadState { .. }
+        | Op::WriteState(_)
+        | Op::GatherRows
+        | Op::Sample
+        | Op::Advance
+        | Op::TopTokens(_) => ends(&on, op),
         Op::RmsNorm(_)
         | Op::Linear { .. }
         | Op::Silu
@@ -72,6 +81,25 @@ fn ends(on: &Operands, op: &Op) -> Types {
             on.wanted()?;
             on.vector(0, "logits")?;
             on.ids(1)
+        }
+        Op::TopTokens(asked) => {
+            on.count(if *asked == Asked::Nothing { 1 } else { 2 })?;
+            let vocab = on.vector(0, "logits")?;
+            if vocab == 0 {
+                return Err("no logits".into());
+            }
+            let k = top_tokens(vocab);
+            match asked {
+                Asked::Nothing => return Ok([on.ids(k)?, on.floats(&[k])?].concat()),
+                Asked::Next => {
+                    let sampled = TensorType { dtype: DType::U32, rows: Rows::Wanted, shape: vec![1] };
+                    if *on.ty(1)? != sampled {
+                        return Err(format!("sampled token is {}, {sampled} expected", on.ty(1)?));
+                    }
+                }
+                Asked::Given => on.input(1, "given ids", DType::U32, &[k])?,
+            }
+            Ok([on.ids(k)?, on.floats(&[k])?, on.floats(&[3])?].concat())
         }
         _ => {
             on.count(1)?;
@@ -171,7 +199,7 @@ fn attention(on: &Operands, op: &Op) -> Types {
             on.input(0, "query", DType::F32, &[mla.heads * (mla.nope + mla.rope)])?;
             on.cache(1, *layer, mla)?;
             on.kv_b(*kv_b, mla)?;
-            on.floats(&[mla.heads * mla.v])
+            Ok([on.floats(&[mla.heads * mla.v])?, on.floats(&[mla.heads, mla.rank + mla.rope])?].concat())
         }
         Op::LatentWrite { norm, mla, .. } => {
             on.count(1)?;

@@ -1,13 +1,17 @@
 //! From a fused graph to the steps of a program: one kernel for each operation, one dispatch for each shard of its weights.
 
+mod attention;
+
 use std::collections::HashMap;
 
-use moewe_plan::{Binding, Cost, DType, Dim, FINISHED_STEPS, Kernel, Role, Step, Symbol, TapSpec};
+use moewe_plan::{
+    Binding, Cost, DType, Dim, FINISHED_STEPS, Kernel, Parameter, ParameterKind, Role, Step, Symbol, TapSpec,
+};
 use moewe_shaders::{Linked, Variant, link};
 
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::graph::{Graph, Mla, Node, NodeId, Norm, Op, Rows, Value, WeightId};
+use crate::graph::{Asked, Graph, Node, NodeId, Norm, Op, Rows, Value, WeightId};
 use crate::memory::{Buffers, assign, symbol};
 use crate::pack::{Matrix, Packer};
 use crate::select::{self, MAX_ROWS, Selector, WORKGROUP};
@@ -55,6 +59,8 @@ pub struct Shared<'a> {
     pub kernels: Kernels,
     /// Buffers.
     pub buffers: Buffers,
+    /// Parameters.
+    pub parameters: Vec<Parameter>,
 }
 
 /// What a binding of a kernel is to be.
@@ -75,6 +81,8 @@ struct Lowering<'a, 'b> {
     first_position: usize,
     shared: &'a mut Shared<'b>,
     values: HashMap<Value, u32>,
+    /// For each node the taps that it serves, if it serves nothing else.
+    only_for: Vec<Vec<usize>>,
     steps: Vec<Step>,
 }
 
@@ -89,14 +97,22 @@ pub fn lower(
     shared: &mut Shared,
 ) -> Result<(Vec<Step>, Vec<TapSpec>)> {
     let values = assign(graph, program, &mut shared.buffers);
-    let mut lowering = Lowering { config, graph, selector, first_position, shared, values, steps: Vec::new() };
+    let only_for = graph.only_for();
+    let mut lowering =
+        Lowering { config, graph, selector, first_position, shared, values, only_for, steps: Vec::new() };
     for id in 0..graph.nodes.len() {
+        let first = lowering.steps.len();
         lowering.node(id)?;
+        for step in &mut lowering.steps[first..] {
+            step.only_for = lowering.only_for[id].iter().map(|&tap| tap as u32).collect();
+        }
     }
     let taps = graph.taps.iter().map(|tap| {
         let ty = graph.ty(tap.value);
         TapSpec {
             name: tap.name.clone(),
+            group: tap.group,
+            layer: tap.layer.map(|layer| layer as u32),
             buffer: lowering.values[&tap.value],
             rows: Dim::Symbol(symbol(ty.rows)),
             stride: ty.row_len() as u32,
@@ -126,7 +142,7 @@ impl Lowering<'_, '_> {
             Role::Finished => {
                 ("batch.finished", DType::U32, Dim::Const(1 + u64::from(FINISHED_STEPS) * MAX_ROWS as u64))
             }
-            Role::Scratch | Role::State | Role::Cache => unreachable!("named by what they hold"),
+            Role::Scratch | Role::State | Role::Cache | Role::Parameter => unreachable!("named by what they hold"),
         };
         Slot::Buffer(self.shared.buffers.get(name, dtype, elements, role))
     }
@@ -136,6 +152,24 @@ impl Lowering<'_, '_> {
         let words = latent.words(self.config.latent_dim() as u64) * u64::from(moewe_plan::PAGE_TOKENS);
         let name = format!("cache.{}.{layer}", self.selector.precision.name());
         Slot::Buffer(self.shared.buffers.get(&name, DType::U32, Dim::Times(Symbol::Pages, words), Role::Cache))
+    }
+
+    /// The buffer of a parameter of the node's layer.
+    fn parameter(&mut self, node: &Node, kind: ParameterKind, len: usize) -> Result<Slot> {
+        let layer = node.layer.ok_or_else(|| Error::Kernel { detail: format!("{} is in no layer", node.label) })?;
+        let name = match kind {
+            ParameterKind::ExpertOffset => "expert_offset",
+            ParameterKind::ExpertScale => "expert_scale",
+            ParameterKind::LatentScale => "latent_scale",
+            ParameterKind::HeadScale => "head_scale",
+        };
+        let name = format!("parameter.{layer}.{name}");
+        let buffer = self.shared.buffers.get(&name, DType::F32, Dim::Const(len as u64), Role::Parameter);
+        if !self.shared.parameters.iter().any(|parameter| parameter.buffer == buffer) {
+            let parameter = Parameter { kind, layer: layer as u32, buffer, len: len as u32 };
+            self.shared.parameters.push(parameter);
+        }
+        Ok(Slot::Buffer(buffer))
     }
 
     /// Table of RoPE angles (see shaders/wesl/rope.wesl for the layout).
@@ -201,7 +235,16 @@ impl Lowering<'_, '_> {
         });
         let bindings = bindings.collect::<Result<_>>()?;
         let layer = node.layer.map(|layer| layer as u32);
-        self.steps.push(Step { label: node.label.clone(), layer, kernel, bindings, grid, params, cost });
+        self.steps.push(Step {
+            label: node.label.clone(),
+            layer,
+            kernel,
+            bindings,
+            grid,
+            params,
+            cost,
+            only_for: Vec::new(),
+        });
         Ok(())
     }
 
@@ -218,6 +261,7 @@ impl Lowering<'_, '_> {
             Op::GatherRows => self.gather_rows(node, out(0)),
             Op::Sample => self.sample(node, out(0)),
             Op::Advance => self.advance(node),
+            Op::TopTokens(asked) => self.top_tokens(node, *asked, id),
             Op::LatentWrite { layer, norm, mla } => self.latent_write(node, *layer, *norm, mla, out(0)),
             Op::AbsorbQuery { kv_b, mla, rotate: true } => self.absorb_query(node, *kv_b, mla, out(0)),
             Op::LatentAttention { layer, mla } => self.latent_attention(node, *layer, mla, out(0)),
@@ -231,7 +275,14 @@ impl Lowering<'_, '_> {
                 if let Some(bias) = bias {
                     slots.push(("bias", self.vector(*bias)?));
                 }
-                let variant = select::router(rule, bias.is_some());
+                let edit = self.graph.parameters;
+                if edit {
+                    slots.extend([
+                        ("expert_offset", self.parameter(node, ParameterKind::ExpertOffset, rule.experts)?),
+                        ("expert_scale", self.parameter(node, ParameterKind::ExpertScale, rule.experts)?),
+                    ]);
+                }
+                let variant = select::router(rule, bias.is_some(), edit);
                 let cost = Cost { token_bytes: 4 * (rule.experts + 2 * rule.top_k) as u64, ..Cost::default() };
                 self.emit(node, &variant, &slots, [Dim::Symbol(Symbol::Tokens), ONE, ONE], [0; 4], cost)
             }
@@ -393,101 +444,27 @@ impl Lowering<'_, '_> {
         self.emit(node, &select::advance(), &slots, grid, [0; 4], Cost { token_bytes: 44, ..Cost::default() })
     }
 
-    fn latent_write(&mut self, node: &Node, layer: usize, norm: Norm, mla: &Mla, row: Value) -> Result<()> {
-        let tapped = self.values.contains_key(&row);
-        let mut slots = vec![
-            ("kv", Slot::Value(node.inputs[0])),
-            ("norm", self.vector(norm.weight)?),
-            ("angles", self.angles()?),
-            ("tokens", self.role(Role::Tokens)),
-            ("pages", self.role(Role::PageTable)),
-            ("cache", self.cache(layer)),
-        ];
-        if tapped {
-            slots.push(("rows", Slot::Value(row)));
+    fn top_tokens(&mut self, node: &Node, asked: Asked, id: NodeId) -> Result<()> {
+        let logits = node.inputs[0];
+        let out = |output| Slot::Value(Value { node: id, output });
+        let mut slots = vec![("logits", Slot::Value(logits)), ("ids", out(0)), ("probs", out(1))];
+        if asked != Asked::Nothing {
+            slots.push(("stats", out(2)));
         }
-        let max_pages = select::max_pages(self.config.max_position_embeddings);
-        let variant = self.selector.latent_write(mla, norm.eps, max_pages, self.config.rope.interleave, tapped);
-        let numbers = (mla.rank + mla.rope) as u64;
-        let cost = Cost { token_bytes: 4 * (numbers + self.selector.latent().words(numbers)), ..Cost::default() };
-        self.emit(node, &variant, &slots, [Dim::Symbol(Symbol::Tokens), ONE, ONE], [0; 4], cost)
-    }
-
-    fn absorb_query(&mut self, node: &Node, kv_b: WeightId, mla: &Mla, y: Value) -> Result<()> {
-        let matrix = self.matrix(kv_b, mla.nope + mla.v)?;
-        let variant = self.selector.absorb_query(matrix.stored, mla, self.config.rope.interleave);
-        for (shard, heads) in head_shards(&matrix, mla).into_iter().enumerate() {
-            let mut slots = vec![
-                ("part", Slot::Params),
-                ("q", Slot::Value(node.inputs[0])),
-                ("kv_b", Slot::Weight(matrix.weight, shard as u32)),
-                ("angles", self.angles()?),
-                ("tokens", self.role(Role::Tokens)),
-                ("y", Slot::Value(y)),
-            ];
-            slots.extend(matrix.scales.map(|scales| ("kv_b_scale", Slot::Weight(scales, 0))));
-            let columns = mla.rank.div_ceil(4) + mla.rope / 2;
-            let grid =
-                [Dim::Const(columns.div_ceil(WORKGROUP) as u64), Dim::Const(heads.1), Dim::Symbol(Symbol::Tokens)];
-            let cost = Cost {
-                fixed_bytes: heads.1 * mla.nope as u64 * matrix.row_bytes,
-                token_bytes: 4 * heads.1 * (mla.nope + mla.rank + 2 * mla.rope) as u64,
-                token_flops: 2 * heads.1 * (mla.nope * mla.rank) as u64,
-                ..Cost::default()
-            };
-            self.emit(node, &variant, &slots, grid, [heads.0 as u32, heads.1 as u32, 0, 0], cost)?;
-        }
-        Ok(())
-    }
-
-    fn latent_attention(&mut self, node: &Node, layer: usize, mla: &Mla, y: Value) -> Result<()> {
-        let max_pages = select::max_pages(self.config.max_position_embeddings);
-        let variant = self.selector.latent_attention(mla, max_pages, self.first_position);
-        let slots = [
-            ("q", Slot::Value(node.inputs[0])),
-            ("cache", self.cache(layer)),
-            ("tokens", self.role(Role::Tokens)),
-            ("pages", self.role(Role::PageTable)),
-            ("y", Slot::Value(y)),
-        ];
-        let numbers = mla.rank + mla.rope;
-        let cost = Cost {
-            token_bytes: 4 * (mla.heads * (numbers + mla.rank)) as u64,
-            context_bytes: 4 * self.selector.latent().words(numbers as u64),
-            context_flops: 2 * (mla.heads * (numbers + mla.rank)) as u64,
-            ..Cost::default()
-        };
-        let grid = [Dim::Const(mla.heads as u64), Dim::Symbol(Symbol::Tokens), ONE];
-        self.emit(node, &variant, &slots, grid, [0; 4], cost)
-    }
-
-    fn absorb_output(&mut self, node: &Node, kv_b: WeightId, mla: &Mla, y: Value) -> Result<()> {
-        let matrix = self.matrix(kv_b, mla.nope + mla.v)?;
-        let variant = self.selector.absorb_output(matrix.stored, mla);
-        for (shard, heads) in head_shards(&matrix, mla).into_iter().enumerate() {
-            let mut slots = vec![
+        match asked {
+            Asked::Nothing => {}
+            Asked::Next => slots.extend([
                 ("batch", self.role(Role::Header)),
-                ("part", Slot::Params),
-                ("x", Slot::Value(node.inputs[0])),
-                ("kv_b", Slot::Weight(matrix.weight, shard as u32)),
-                ("y", Slot::Value(y)),
-            ];
-            slots.extend(matrix.scales.map(|scales| ("kv_b_scale", Slot::Weight(scales, 0))));
-            let rows = heads.1 * mla.v as u64;
-            let grid = [
-                Dim::Const(rows.div_ceil(self.selector.rows_per_workgroup())),
-                Dim::CeilDiv(Symbol::Tokens, self.selector.tile as u64),
-                ONE,
-            ];
-            let cost = Cost {
-                fixed_bytes: rows * matrix.row_bytes,
-                token_bytes: 4 * heads.1 * (mla.rank + mla.v) as u64,
-                token_flops: 2 * rows * mla.rank as u64,
-                ..Cost::default()
-            };
-            self.emit(node, &variant, &slots, grid, [heads.0 as u32, heads.1 as u32, 0, 0], cost)?;
+                ("tokens", self.role(Role::Tokens)),
+                ("rows", self.role(Role::Rows)),
+                ("sampled", Slot::Value(node.inputs[1])),
+            ]),
+            Asked::Given => slots.push(("given", Slot::Value(node.inputs[1]))),
         }
-        Ok(())
+        let vocab = self.len(logits);
+        let cost = Cost { token_bytes: 8 * vocab as u64, ..Cost::default() };
+        let grid = [Dim::Symbol(symbol(self.graph.ty(logits).rows)), ONE, ONE];
+        self.emit(node, &select::top_tokens(vocab, asked, self.selector.profile), &slots, grid, [0; 4], cost)
     }
 
     fn experts_gate_up(
@@ -560,12 +537,6 @@ impl Lowering<'_, '_> {
         }
         Ok(())
     }
-}
-
-/// The heads of each shard of `kv_b`: first and number.
-fn head_shards(matrix: &Matrix, mla: &Mla) -> Vec<(u64, u64)> {
-    let rows = (mla.nope + mla.v) as u64;
-    matrix.shards.iter().map(|(first, count)| (first / rows, count / rows)).collect()
 }
 
 const ONE: Dim = Dim::Const(1);

@@ -1,5 +1,6 @@
 //! Memory planning: which buffer holds which value when. Values whose lives do not overlap share a buffer; values that
-//! are tapped or kept for a later program have one of their own.
+//! are tapped or kept for a later program have one of their own. What only optional taps need shares buffers with its like
+//! alone: logits of every token would make those of other programs grow.
 
 use std::collections::HashMap;
 
@@ -56,8 +57,8 @@ pub fn assign(graph: &Graph, program: &str, buffers: &mut Buffers) -> HashMap<Va
     }
     let elements = |ty: &TensorType| Dim::Times(symbol(ty.rows), ty.row_len() as u64);
 
-    // Scratch buffers of this program: size of a row, and whether a living value is in it.
-    let mut scratch: Vec<(Rows, DType, usize, bool)> = Vec::new();
+    let only_for = graph.only_for();
+    let mut scratch: Vec<Scratch> = Vec::new();
     let mut in_scratch: HashMap<Value, usize> = HashMap::new();
     let mut assigned: HashMap<Value, u32> = HashMap::new();
     for (id, node) in graph.nodes.iter().enumerate() {
@@ -71,48 +72,69 @@ pub fn assign(graph: &Graph, program: &str, buffers: &mut Buffers) -> HashMap<Va
                 let name = format!("{program}.{}.{output}", node.label);
                 assigned.insert(value, buffers.get(&name, ty.dtype, elements(ty), Role::Scratch));
             } else if needed {
-                in_scratch.insert(value, take(&mut scratch, ty));
+                in_scratch.insert(value, take(&mut scratch, ty, !only_for[id].is_empty()));
             }
         }
         for (value, slot) in &in_scratch {
             let end = last_use.get(value).copied().unwrap_or(value.node);
             if end == id {
-                scratch[*slot].3 = false;
+                scratch[*slot].taken = false;
             }
         }
     }
     let named: Vec<u32> = scratch
         .iter()
         .enumerate()
-        .map(|(slot, (rows, dtype, length, _))| {
-            let kind = match (rows, dtype) {
-                (Rows::Tokens, DType::F32) => "tokens.f32",
-                (Rows::Tokens, DType::U32) => "tokens.u32",
-                (Rows::Wanted, DType::F32) => "rows.f32",
-                (Rows::Wanted, DType::U32) => "rows.u32",
+        .map(|(index, slot)| {
+            let rows = match slot.rows {
+                Rows::Tokens => "tokens",
+                Rows::Wanted => "rows",
             };
-            let nth = scratch[..slot].iter().filter(|(r, d, ..)| (r, d) == (rows, dtype)).count();
-            let dim = Dim::Times(symbol(*rows), *length as u64);
-            buffers.get(&format!("scratch.{kind}.{nth}"), *dtype, dim, Role::Scratch)
+            let dtype = match slot.dtype {
+                DType::F32 => "f32",
+                DType::U32 => "u32",
+            };
+            let nth = scratch[..index].iter().filter(|other| other.kind() == slot.kind()).count();
+            let dim = Dim::Times(symbol(slot.rows), slot.length as u64);
+            let class = if slot.for_taps { "taps" } else { "scratch" };
+            buffers.get(&format!("{class}.{rows}.{dtype}.{nth}"), slot.dtype, dim, Role::Scratch)
         })
         .collect();
     assigned.extend(in_scratch.into_iter().map(|(value, slot)| (value, named[slot])));
     assigned
 }
 
+/// A scratch buffer in the making.
+struct Scratch {
+    rows: Rows,
+    dtype: DType,
+    /// Whether its values serve optional taps alone.
+    for_taps: bool,
+    /// Numbers of a row.
+    length: usize,
+    /// Whether a living value is in it.
+    taken: bool,
+}
+
+impl Scratch {
+    /// Values of one kind share buffers.
+    fn kind(&self) -> (Rows, DType, bool) {
+        (self.rows, self.dtype, self.for_taps)
+    }
+}
+
 /// A free slot for a tensor: the smallest that is large enough, else the largest, grown, else a new one.
-fn take(scratch: &mut Vec<(Rows, DType, usize, bool)>, ty: &TensorType) -> usize {
+fn take(scratch: &mut Vec<Scratch>, ty: &TensorType, for_taps: bool) -> usize {
     let length = ty.row_len().max(1);
-    let free = |(_, slot): &(usize, &(Rows, DType, usize, bool))| !slot.3 && (slot.0, slot.1) == (ty.rows, ty.dtype);
-    let fitting =
-        scratch.iter().enumerate().filter(free).filter(|(_, slot)| slot.2 >= length).min_by_key(|(_, slot)| slot.2);
-    let chosen =
-        fitting.or_else(|| scratch.iter().enumerate().filter(free).max_by_key(|(_, slot)| slot.2)).map(|(i, _)| i);
+    let free = |(_, slot): &(usize, &Scratch)| !slot.taken && slot.kind() == (ty.rows, ty.dtype, for_taps);
+    let slots = || scratch.iter().enumerate().filter(free);
+    let fitting = slots().filter(|(_, slot)| slot.length >= length).min_by_key(|(_, slot)| slot.length);
+    let chosen = fitting.or_else(|| slots().max_by_key(|(_, slot)| slot.length)).map(|(index, _)| index);
     let chosen = chosen.unwrap_or_else(|| {
-        scratch.push((ty.rows, ty.dtype, length, true));
+        scratch.push(Scratch { rows: ty.rows, dtype: ty.dtype, for_taps, length, taken: true });
         scratch.len() - 1
     });
-    scratch[chosen].2 = scratch[chosen].2.max(length);
-    scratch[chosen].3 = true;
+    scratch[chosen].length = scratch[chosen].length.max(length);
+    scratch[chosen].taken = true;
     chosen
 }

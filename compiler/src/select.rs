@@ -5,7 +5,7 @@ use moewe_plan::{PAGE_TOKENS, Precision, WeightFormat};
 use moewe_shaders::{Latent, Reduce, Variant};
 
 use crate::config::{Scoring, TopkMethod};
-use crate::graph::{Mla, RouterRule};
+use crate::graph::{Asked, Mla, RouterRule, top_tokens as top_count};
 use crate::profile::Profile;
 
 /// Batches of at most this many tokens are served by kernels that read the weights once for each token, and waste nothing
@@ -107,9 +107,10 @@ impl Selector<'_> {
         self.matrix("experts_down", stored, k).int("N", n).int("K", k).int("TOP_K", top_k).flag("residual", residual)
     }
 
-    /// Value half of absorbed attention.
-    pub fn absorb_output(&self, stored: Stored, mla: &Mla) -> Variant {
+    /// Value half of absorbed attention. `edit`: heads are scaled by a parameter.
+    pub fn absorb_output(&self, stored: Stored, mla: &Mla, edit: bool) -> Variant {
         self.matrix("absorb_output", stored, mla.rank)
+            .flag("edit", edit)
             .int("HEADS", mla.heads)
             .int("NOPE", mla.nope)
             .int("V", mla.v)
@@ -142,12 +143,13 @@ impl Selector<'_> {
             .float("SOFTMAX_SCALE", mla.softmax_scale)
     }
 
-    /// Norm of the latent, RoPE of the key, cache write.
-    pub fn latent_write(&self, mla: &Mla, eps: f64, max_pages: usize, interleave: bool, tapped: bool) -> Variant {
-        Variant::new("latent_write")
-            .latent(self.latent())
-            .flag("interleave", interleave)
-            .flag("tapped", tapped)
+    /// Norm of the latent, RoPE of the key, cache write. `flags` are `interleave`, `tapped` (the row is written once more),
+    /// `edit` (the latent is scaled by a parameter).
+    pub fn latent_write(&self, mla: &Mla, eps: f64, max_pages: usize, flags: &[(&'static str, bool)]) -> Variant {
+        let variant = Variant::new("latent_write").latent(self.latent());
+        flags
+            .iter()
+            .fold(variant, |variant, (flag, on)| variant.flag(flag, *on))
             .int("RANK", mla.rank)
             .int("ROPE", mla.rope)
             .int("ROPE_PAIRS", mla.rope / 2)
@@ -167,11 +169,12 @@ pub const WORKGROUP: usize = 64;
 /// Rows of logits that a batch may ask for: one workgroup of `advance` has an invocation for each.
 pub const MAX_ROWS: usize = WORKGROUP;
 
-/// Router.
-pub fn router(rule: &RouterRule, bias: bool) -> Variant {
+/// Router. `edit`: parameters change selection scores and weights.
+pub fn router(rule: &RouterRule, bias: bool, edit: bool) -> Variant {
     let groups = rule.limits_groups();
     let variant = Variant::new("router")
         .flag("bias", bias)
+        .flag("edit", edit)
         .flag("groups", groups)
         .flag("normalise", rule.normalise)
         .flag("softmax", rule.scoring == Scoring::Softmax)
@@ -201,7 +204,22 @@ pub fn gather_rows(n: usize) -> Variant {
 
 /// Sampler.
 pub fn sample(vocab: usize, profile: &Profile) -> Variant {
-    Variant::new("sample").int("V", vocab).int("WG", profile.workgroup_invocations.min(256) as usize)
+    Variant::new("sample").int("V", vocab).int("WG", wide_workgroup(profile))
+}
+
+/// Likeliest tokens.
+pub fn top_tokens(vocab: usize, asked: Asked, profile: &Profile) -> Variant {
+    Variant::new("top_tokens")
+        .flag("next", asked == Asked::Next)
+        .flag("given", asked == Asked::Given)
+        .int("V", vocab)
+        .int("TOP", top_count(vocab))
+        .int("WG", wide_workgroup(profile))
+}
+
+/// Invocations that go through a vocabulary together; a power of two.
+fn wide_workgroup(profile: &Profile) -> usize {
+    1 << profile.workgroup_invocations.clamp(1, 256).ilog2()
 }
 
 /// Next batch.

@@ -8,7 +8,7 @@ use moewe_compiler::graph::{Graph, Op, Value};
 use moewe_compiler::memory::{Buffers, assign};
 use moewe_compiler::model::{Target, build};
 use moewe_compiler::passes::run_all;
-use moewe_plan::{Dim, Role};
+use moewe_plan::{Dim, Role, TapChoice};
 
 fn configs() -> Vec<Config> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -38,8 +38,10 @@ fn values_that_live_at_once_have_buffers_of_their_own() {
     let mut values = 0;
     for config in configs() {
         let mut buffers = Buffers::default();
-        for target in Target::all(&config) {
-            let mut graph = build(&config, target, &|_| false);
+        let everything = Target::all(&config).into_iter().map(|target| (target, TapChoice::all()));
+        // Hidden states that the lens reads and nobody taps.
+        for (target, taps) in everything.chain([(Target::Watch, "lens:1,logits".parse().unwrap())]) {
+            let mut graph = build(&config, target, &taps, &|_| false);
             run_all(&mut graph).unwrap();
             let assigned = assign(&graph, "program", &mut buffers);
             let last = last_reads(&graph);

@@ -28,8 +28,8 @@ pub struct TokenInfo {
     pub position: u32,
     /// Slot of its sequence: the row of the page table and of the sampling parameters.
     pub sequence: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// The token behind it plus one, or 0 where it is not known: the sampled token follows then.
+    pub next: u32,
 }
 
 /// How the next token of a sequence is drawn ([`crate::Role::Sampling`]), 32 bytes.

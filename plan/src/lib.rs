@@ -7,20 +7,27 @@
 mod batch;
 mod bundle;
 mod dim;
+mod edit;
 mod error;
+mod frame;
 mod mapped;
+mod taps;
 mod types;
 mod verify;
 
 pub use batch::{FINISHED_STEPS, Header, PAGE_TOKENS, Sampling, TokenInfo};
 pub use bundle::{Bundle, Entry, MANIFEST, Manifest, PLAN, Staging, WeightFiles, hash_file};
 pub use dim::{Dim, Symbol, Symbols};
+pub use edit::{Edit, EditError, FORCED, MUTED, Place, check_edits, parameter_values};
 pub use error::Error;
+pub use frame::{FrameTensor, FrameToken, Numbers, RunTimes, TapFrame};
 pub use mapped::Mapped;
+pub use taps::TapChoice;
 pub use types::{
-    Access, Binding, BindingLayout, Buffer, Cost, DType, Kernel, ModelInfo, Plan, Precision, Program, ProgramKind,
-    Requirements, Role, Segment, Shard, Step, TapSpec, Weight, WeightFile, WeightFormat,
+    Access, Binding, BindingLayout, Buffer, Cost, DType, Kernel, ModelInfo, Parameter, ParameterKind, Plan, Precision,
+    Program, ProgramKind, Requirements, Role, Segment, Shard, Step, TOP_TOKENS, TapGroup, TapSpec, Weight, WeightFile,
+    WeightFormat,
 };
 
 /// Version of the bundle format. A bundle of another version is refused; compile it again.
-pub const FORMAT_VERSION: u32 = 1;
+pub const FORMAT_VERSION: u32 = 2;

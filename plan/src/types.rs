@@ -26,6 +26,8 @@ pub struct Plan {
     pub buffers: Vec<Buffer>,
     /// Kernels, each one WGSL file.
     pub kernels: Vec<Kernel>,
+    /// What can be changed about a watched run.
+    pub parameters: Vec<Parameter>,
     /// Ordered lists of dispatches.
     pub programs: Vec<Program>,
 }
@@ -49,6 +51,28 @@ pub struct ModelInfo {
     pub moe_layers: Vec<u32>,
     /// Routed experts of a mixture-of-experts layer; 0 if there are none.
     pub experts: u32,
+    /// `num_experts_per_tok`: routed experts that a token is given.
+    pub num_experts_per_tok: u32,
+    /// `n_group`: groups of consecutive experts; 1 if the router knows no groups.
+    pub n_group: u32,
+    /// `topk_group`: groups that a token may choose from.
+    pub topk_group: u32,
+    /// `n_shared_experts`: experts that every token uses beside the routed ones.
+    pub n_shared_experts: u32,
+    /// `hidden_size`.
+    pub hidden_size: u32,
+    /// `num_attention_heads`.
+    pub num_attention_heads: u32,
+    /// `kv_lora_rank`: numbers of a compressed latent.
+    pub kv_lora_rank: u32,
+    /// `qk_rope_head_dim`: numbers of the rotated key that all heads share.
+    pub qk_rope_head_dim: u32,
+    /// `qk_nope_head_dim`: numbers of a head's key that are not rotated.
+    pub qk_nope_head_dim: u32,
+    /// `v_head_dim`: numbers of a head's value.
+    pub v_head_dim: u32,
+    /// Factor of attention scores before the softmax (spec §4).
+    pub softmax_scale: f32,
     /// Modules of multi-token prediction.
     pub mtp_modules: u32,
 }
@@ -201,6 +225,8 @@ pub enum Role {
     Finished,
     /// A layer's latent cache, `[pages, 64, numbers]`.
     Cache,
+    /// Numbers that the host may change between runs: a [`Parameter`].
+    Parameter,
 }
 
 /// A buffer of the device. All elements have 4 bytes.
@@ -302,6 +328,9 @@ pub struct Step {
     pub params: [u32; 4],
     /// What it costs.
     pub cost: Cost,
+    /// The taps (indices into [`Program::taps`]) that it serves, if it serves nothing else: it is left out where none
+    /// of them is read. Empty for a step that always runs.
+    pub only_for: Vec<u32>,
 }
 
 /// How activations and latents are kept.
@@ -330,6 +359,9 @@ impl Precision {
 pub enum ProgramKind {
     /// A pass that ends with sampled tokens, fed back as the next batch.
     Forward,
+    /// The same with taps that can be read, and with the plan's parameters. It computes what `Forward` computes as long
+    /// as no parameter is changed.
+    Watch,
     /// A pass that ends with logits and keeps all taps.
     Trace,
     /// A pass of one module of multi-token prediction, with taps. It reads the hidden rows that the trace of the
@@ -363,6 +395,10 @@ pub struct Program {
 pub struct TapSpec {
     /// Name, for example `moe.3.weights`.
     pub name: String,
+    /// What it belongs to.
+    pub group: TapGroup,
+    /// The layer, if it belongs to one.
+    pub layer: Option<u32>,
     /// Index into [`Plan::buffers`].
     pub buffer: u32,
     /// Rows: tokens or logits rows of the batch.
@@ -373,4 +409,101 @@ pub struct TapSpec {
     pub offset: u32,
     /// Numbers of a row.
     pub columns: u32,
+}
+
+/// What a tap shows. Users choose taps by group and layer ([`crate::TapChoice`]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TapGroup {
+    /// Chosen experts and their weights: `moe.{l}.ids` and `moe.{l}.weights`, both `[T, num_experts_per_tok]`, the best
+    /// expert first.
+    Routing,
+    /// What the router made of every expert, before score function and bias: `moe.{l}.router_logits [T, experts]`.
+    Scores,
+    /// What the cache holds of a token: `mla.{l}.c_kv [T, kv_lora_rank]` and `mla.{l}.k_rope [T, qk_rope_head_dim]`.
+    Latents,
+    /// Hidden states: `hidden.0` behind the embedding, `hidden.{l+1}` behind layer l, `final_norm`; each
+    /// `[T, hidden_size]`.
+    Hidden,
+    /// Queries absorbed into latent space: `mla.{l}.query [T, heads, kv_lora_rank + qk_rope_head_dim]`. Scores are
+    /// their products with the latents, times `softmax_scale` (spec §5).
+    Attention,
+    /// The model's prediction at each token: `logits.ids`, `logits.probs` `[T, TOP_TOKENS]` and `logits.stats [T, 3]`:
+    /// entropy in nats, log probability and rank (from 0) of the token that follows. In traces all of `logits`.
+    Logits,
+    /// The same from each layer's hidden state through the final norm and the head (the logit lens): `lens.{l}.ids`,
+    /// `.probs`, and `.stats`, where the token asked for is the model's final prediction.
+    Lens,
+    /// Drafts of modules of multi-token prediction: `mtp.{j}.ids`, `.probs` `[T, TOP_TOKENS]`; more in traces.
+    Mtp,
+}
+
+impl TapGroup {
+    /// All groups, in the order in which they are listed.
+    pub const ALL: [TapGroup; 8] = [
+        TapGroup::Routing,
+        TapGroup::Scores,
+        TapGroup::Latents,
+        TapGroup::Hidden,
+        TapGroup::Attention,
+        TapGroup::Logits,
+        TapGroup::Lens,
+        TapGroup::Mtp,
+    ];
+
+    /// The name used in options and files.
+    pub fn name(self) -> &'static str {
+        match self {
+            TapGroup::Routing => "routing",
+            TapGroup::Scores => "scores",
+            TapGroup::Latents => "latents",
+            TapGroup::Hidden => "hidden",
+            TapGroup::Attention => "attention",
+            TapGroup::Logits => "logits",
+            TapGroup::Lens => "lens",
+            TapGroup::Mtp => "mtp",
+        }
+    }
+}
+
+/// Likeliest tokens that the taps of [`TapGroup::Logits`], [`TapGroup::Lens`] and [`TapGroup::Mtp`] tell (fewer if the
+/// vocabulary is smaller).
+pub const TOP_TOKENS: u32 = 8;
+
+/// Numbers that `Watch` programs read and the host may change between runs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Parameter {
+    /// What it changes.
+    pub kind: ParameterKind,
+    /// The layer whose computation it changes.
+    pub layer: u32,
+    /// Index into [`Plan::buffers`]; the buffer has [`Role::Parameter`].
+    pub buffer: u32,
+    /// How many numbers (f32).
+    pub len: u32,
+}
+
+/// What a [`Parameter`] changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ParameterKind {
+    /// `[experts]`, added to the selection score of each expert (spec §6: u = s + bias). [`crate::MUTED`] takes the expert out before
+    /// groups are ranked; [`crate::FORCED`] chooses it whatever its group. Weights still come from the scores alone.
+    ExpertOffset,
+    /// `[experts]`, multiplies the weight of each expert after normalisation and scaling.
+    ExpertScale,
+    /// `[kv_lora_rank]`, multiplies each number of the latent c_kv before it is cached.
+    LatentScale,
+    /// `[heads]`, multiplies what each head gives to `o_proj`.
+    HeadScale,
+}
+
+impl ParameterKind {
+    /// The value that changes nothing.
+    pub fn neutral(self) -> f32 {
+        match self {
+            ParameterKind::ExpertOffset => 0.0,
+            ParameterKind::ExpertScale | ParameterKind::LatentScale | ParameterKind::HeadScale => 1.0,
+        }
+    }
 }

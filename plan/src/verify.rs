@@ -1,12 +1,15 @@
 //! Checks of a plan before anything is allocated or uploaded. A plan is hostile until it has passed.
 
+use std::collections::BTreeSet;
 use std::path::{Component, Path};
 
-use crate::types::{Access, Binding, Plan, Role};
+use crate::types::{Access, Binding, DType, ParameterKind, Plan, Role};
 use crate::{Dim, FORMAT_VERSION};
 
 /// No index, size or grid of a sound plan comes near this; larger values would overflow sums.
 const ABSURD: u64 = 1 << 48;
+/// More experts, heads or numbers of a latent than any model has: hosts allocate that many numbers unasked.
+const MANY: u32 = 1 << 20;
 
 /// The first thing that is wrong with `plan`, in words.
 pub fn verify(plan: &Plan) -> Result<(), String> {
@@ -15,7 +18,22 @@ pub fn verify(plan: &Plan) -> Result<(), String> {
     ensure(plan.model.max_context > 0, || "model.max_context is 0".into())?;
     let modules = plan.model.mtp_modules;
     ensure(modules as usize <= plan.programs.len(), || format!("model.mtp_modules is {modules}, without programs"))?;
-    ensure(plan.model.experts < 1 << 20, || format!("model.experts is {}", plan.model.experts))?;
+    let model = &plan.model;
+    ensure(model.experts < MANY, || format!("model.experts is {}", model.experts))?;
+    if model.experts > 0 {
+        ensure((1..=model.experts).contains(&model.num_experts_per_tok), || {
+            format!("model.num_experts_per_tok is {} of {} experts", model.num_experts_per_tok, model.experts)
+        })?;
+        ensure(
+            (1..=model.experts).contains(&model.n_group) && (1..=model.n_group).contains(&model.topk_group),
+            || {
+                format!(
+                    "model.topk_group is {} of {} groups of {} experts",
+                    model.topk_group, model.n_group, model.experts
+                )
+            },
+        )?;
+    }
     for file in &plan.files {
         let path = Path::new(&file.path);
         let sound = if file.referenced { path.is_absolute() } else { is_plain_name(path) };
@@ -39,7 +57,34 @@ pub fn verify(plan: &Plan) -> Result<(), String> {
             format!("{}: workgroup size {:?}", at(), kernel.workgroup_size)
         })?;
     }
+    verify_parameters(plan)?;
     verify_programs(plan)
+}
+
+/// Whether the model has a layer, modules of multi-token prediction counted.
+fn has_layer(plan: &Plan, layer: u32) -> bool {
+    u64::from(layer) < u64::from(plan.model.layers) + u64::from(plan.model.mtp_modules)
+}
+
+fn verify_parameters(plan: &Plan) -> Result<(), String> {
+    let mut seen: BTreeSet<(ParameterKind, u32)> = BTreeSet::new();
+    let mut buffers: BTreeSet<u32> = BTreeSet::new();
+    for parameter in &plan.parameters {
+        let at = || format!("parameter {:?} of layer {}", parameter.kind, parameter.layer);
+        ensure(has_layer(plan, parameter.layer), || format!("{}: there is no such layer", at()))?;
+        ensure(seen.insert((parameter.kind, parameter.layer)), || format!("{} is there twice", at()))?;
+        ensure((1..MANY).contains(&parameter.len), || format!("{} has {} numbers", at(), parameter.len))?;
+        let buffer = plan.buffers.get(parameter.buffer as usize);
+        let buffer = buffer.ok_or_else(|| format!("{}: there is no buffer {}", at(), parameter.buffer))?;
+        ensure(buffer.role == Role::Parameter && buffer.dtype == DType::F32, || {
+            format!("{}: buffer {} is no parameter of f32", at(), buffer.name)
+        })?;
+        ensure(matches!(buffer.elements, Dim::Const(n) if n >= parameter.len.into()), || {
+            format!("{}: buffer {} does not have {} elements", at(), buffer.name, parameter.len)
+        })?;
+        ensure(buffers.insert(parameter.buffer), || format!("{}: buffer {} has two", at(), buffer.name))?;
+    }
+    Ok(())
 }
 
 fn verify_weights(plan: &Plan) -> Result<(), String> {
@@ -103,6 +148,9 @@ fn verify_programs(plan: &Plan) -> Result<(), String> {
                 };
                 ensure(sound, || format!("{}: binding {} does not fit", at(), layout.name))?;
             }
+            let taps = program.taps.len();
+            let stray = step.only_for.iter().find(|&&tap| tap as usize >= taps);
+            ensure(stray.is_none(), || format!("{}: only for tap {} of {taps}", at(), stray.unwrap_or(&0)))?;
             for dim in &step.grid {
                 verify_dim(dim).map_err(|what| format!("{}: grid: {what}", at()))?;
             }
@@ -112,6 +160,9 @@ fn verify_programs(plan: &Plan) -> Result<(), String> {
                 && tap.offset.checked_add(tap.columns).is_some_and(|end| end <= tap.stride)
                 && tap.columns > 0;
             ensure(sound, || format!("{}: tap {} does not fit its buffer", at(), tap.name))?;
+            ensure(tap.layer.is_none_or(|layer| has_layer(plan, layer)), || {
+                format!("{}: tap {} is of a layer that the model does not have", at(), tap.name)
+            })?;
         }
     }
     Ok(())

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use moewe_plan::{
     Access, Binding, BindingLayout, Buffer, Bundle, Cost, DType, Dim, Entry, Error, FORMAT_VERSION, Kernel, MANIFEST,
-    Manifest, ModelInfo, PLAN, Plan, Precision, Program, ProgramKind, Requirements, Role, Segment, Shard, Staging,
-    Step, Symbol, TapSpec, Weight, WeightFile, WeightFormat, hash_file,
+    Manifest, ModelInfo, PLAN, Parameter, ParameterKind, Plan, Precision, Program, ProgramKind, Requirements, Role,
+    Segment, Shard, Staging, Step, Symbol, TapGroup, TapSpec, Weight, WeightFile, WeightFormat, hash_file,
 };
 use proptest::prelude::*;
 
@@ -29,6 +29,17 @@ fn plan() -> Plan {
             layers: 1,
             moe_layers: vec![0],
             experts: 2,
+            num_experts_per_tok: 1,
+            n_group: 2,
+            topk_group: 1,
+            n_shared_experts: 1,
+            hidden_size: 8,
+            num_attention_heads: 2,
+            kv_lora_rank: 4,
+            qk_rope_head_dim: 2,
+            qk_nope_head_dim: 3,
+            v_head_dim: 5,
+            softmax_scale: 0.25,
             mtp_modules: 0,
         },
         warnings: Vec::new(),
@@ -65,6 +76,7 @@ fn plan() -> Plan {
                 elements: Dim::Times(Symbol::Tokens, 8),
                 role: Role::Scratch,
             },
+            Buffer { name: "p".into(), dtype: DType::F32, elements: Dim::Const(2), role: Role::Parameter },
         ],
         kernels: vec![Kernel {
             name: "k".into(),
@@ -78,6 +90,7 @@ fn plan() -> Plan {
             ],
             why: "the only one".into(),
         }],
+        parameters: vec![Parameter { kind: ParameterKind::HeadScale, layer: 0, buffer: 2, len: 2 }],
         programs: vec![Program {
             kind: ProgramKind::Draft { module: 1 },
             precision: Precision::Exact,
@@ -96,9 +109,12 @@ fn plan() -> Plan {
                 grid: [Dim::Symbol(Symbol::Tokens), Dim::CeilDiv(Symbol::Rows, 4), Dim::Const(1)],
                 params: [1, 2, 3, 4],
                 cost: Cost { token_flops: 5, ..Cost::default() },
+                only_for: vec![0],
             }],
             taps: vec![TapSpec {
                 name: "x".into(),
+                group: TapGroup::Hidden,
+                layer: Some(0),
                 buffer: 1,
                 rows: Dim::Symbol(Symbol::Tokens),
                 stride: 8,
@@ -248,17 +264,17 @@ fn truncated_and_missing_files_are_named() {
 #[test]
 fn other_versions_are_refused_before_anything_else() {
     let (_dir, path) = bundle();
-    for version in ["0", "2", "4294967296", "18446744073709551615"] {
+    for version in ["0", "1", "3", "4294967296", "18446744073709551615"] {
         fs::write(path.join(MANIFEST), format!("{{\"format_version\": {version}}}")).unwrap();
         assert!(matches!(read(&path), Err(Error::Version { expected: FORMAT_VERSION, .. })), "{version}");
     }
     for text in
-        ["", "{}", "[]", "null", "{\"format_version\": \"1\"}", "{\"format_version\": 1}", "{\"format_version\": -1}"]
+        ["", "{}", "[]", "null", "{\"format_version\": \"1\"}", "{\"format_version\": 2}", "{\"format_version\": -1}"]
     {
         fs::write(path.join(MANIFEST), text).unwrap();
         assert!(matches!(read(&path), Err(Error::Damaged { .. })), "{text}");
     }
-    assert!(refused(|plan| plan.format_version = 2).contains("format_version 2"));
+    assert!(refused(|plan| plan.format_version = 1).contains("format_version 1"));
 }
 
 #[test]
@@ -309,7 +325,8 @@ fn a_weight_file_must_be_the_one_of_the_plan() {
 #[test]
 fn plans_that_contradict_themselves_are_refused() {
     type Change = fn(&mut Plan);
-    let cases: [(&str, Change); 22] = [
+    let second = |p: &mut Plan| p.parameters.push(p.parameters[0].clone());
+    let cases: [(&str, Change); 38] = [
         ("vocab_size", |p| p.model.vocab_size = 0),
         ("max_context", |p| p.model.max_context = 0),
         ("weight file", |p| p.files[0].bytes = u64::MAX),
@@ -332,6 +349,24 @@ fn plans_that_contradict_themselves_are_refused() {
         ("does not fit", |p| p.programs[0].steps[0].bindings[1] = Binding::Weight { weight: 0, shard: 2 }),
         ("does not fit", |p| p.programs[0].steps[0].bindings[2] = Binding::Buffer(0)),
         ("tap x", |p| p.programs[0].taps[0].offset = u32::MAX),
+        ("tap x", |p| p.programs[0].taps[0].layer = Some(1)),
+        ("tap x", |p| p.programs[0].taps[0].layer = Some(u32::MAX)),
+        ("only for tap 1 of 1", |p| p.programs[0].steps[0].only_for = vec![0, 1]),
+        ("only for tap 0 of 0", |p| p.programs[0].taps.clear()),
+        ("num_experts_per_tok is 3 of 2", |p| p.model.num_experts_per_tok = 3),
+        ("num_experts_per_tok is 0 of 2", |p| p.model.num_experts_per_tok = 0),
+        ("1 of 0 groups", |p| p.model.n_group = 0),
+        ("3 of 2 groups", |p| p.model.topk_group = 3),
+        ("no such layer", |p| p.parameters[0].layer = 1),
+        ("there twice", second),
+        ("has two", |p| {
+            p.parameters.push(Parameter { kind: ParameterKind::ExpertScale, ..p.parameters[0].clone() });
+        }),
+        ("no buffer 3", |p| p.parameters[0].buffer = 3),
+        ("no parameter of f32", |p| p.parameters[0].buffer = 1),
+        ("no parameter of f32", |p| p.buffers[2].dtype = DType::U32),
+        ("does not have 3 elements", |p| p.parameters[0].len = 3),
+        ("has 4294967295 numbers", |p| p.parameters[0].len = u32::MAX),
     ];
     for (index, (expected, change)) in cases.into_iter().enumerate() {
         let error = refused(change);
@@ -394,6 +429,8 @@ proptest! {
                 prop_assert!(weight.slice_bytes().is_some());
                 let _ = weight.bytes();
             }
+            // As hosts do before they look any further.
+            let _ = moewe_plan::parameter_values(&bundle.plan, &[]);
             let symbols = moewe_plan::Symbols { tokens: u64::MAX, rows: 1, sequences: 1 << 40, pages: 0 };
             for buffer in &bundle.plan.buffers {
                 let _ = buffer.elements.eval(&symbols);

@@ -44,9 +44,14 @@ impl Buffers {
         Ok(Self { by_index, roles: plan.buffers.iter().map(|buffer| buffer.role).collect(), capacity })
     }
 
+    /// A buffer, if a program in use needs it.
+    pub(crate) fn find(&self, index: u32) -> Option<&Buffer> {
+        self.by_index[index as usize].as_ref()
+    }
+
     /// A buffer that a program in use needs.
     pub(crate) fn get(&self, index: u32) -> &Buffer {
-        self.by_index[index as usize].as_ref().expect("buffers of programs in use were made")
+        self.find(index).expect("buffers of programs in use were made")
     }
 
     /// The buffer of a role, if a program in use needs it.
@@ -78,17 +83,18 @@ fn max_rows(programs: &[&Program]) -> u64 {
 
 /// Elements that the host or the layout of the role needs at least.
 fn least_elements(plan: &Plan, role: Role, programs: &[&Program], capacity: &Symbols) -> u64 {
-    let forward: Vec<&Program> =
-        programs.iter().copied().filter(|program| program.kind == ProgramKind::Forward).collect();
+    let samples = |program: &&&Program| matches!(program.kind, ProgramKind::Forward | ProgramKind::Watch);
+    let sampling: Vec<&Program> = programs.iter().filter(samples).copied().collect();
     match role {
-        Role::Scratch | Role::State | Role::Cache => 0,
+        // What a parameter needs was checked with the plan.
+        Role::Scratch | Role::State | Role::Cache | Role::Parameter => 0,
         Role::Header => 4,
         Role::Tokens => capacity.tokens * 4,
         Role::Rows => capacity.rows,
         Role::PageTable => capacity.sequences * pages_for(plan.model.max_context as usize) as u64,
         Role::Sampling => capacity.sequences * 8,
         Role::Seen => capacity.sequences * u64::from(plan.model.vocab_size.div_ceil(32)),
-        Role::Finished => 1 + u64::from(FINISHED_STEPS) * max_rows(&forward),
+        Role::Finished => 1 + u64::from(FINISHED_STEPS) * max_rows(&sampling),
     }
 }
 

@@ -31,8 +31,12 @@ impl Session {
         for &id in sequences {
             wanted.push((id, self.slots.get(id)?.tokens.len()));
         }
-        self.ensure_all(&wanted)?;
-        let (max_tokens, max_rows) = self.capacity(ProgramKind::Forward)?;
+        let kind = self.forward_kind();
+        let (mut max_tokens, max_rows) = self.capacity(kind)?;
+        let drafts = self.ensure_with_drafts(&wanted, 1)?;
+        if drafts {
+            max_tokens = max_tokens.min(self.draft_capacity()?);
+        }
         let chunk = chunk.unwrap_or(max_tokens).clamp(1, max_tokens);
         let mut at: Vec<usize> = sequences.iter().map(|&id| self.cached(id)).collect::<Result<_>>()?;
         let mut sampled = vec![0; sequences.len()];
@@ -50,6 +54,9 @@ impl Session {
                 let tokens = &self.tokens(id)?[at[index]..at[index] + take];
                 batch.tokens.extend(Batch::of(id, tokens, at[index] as u32).tokens);
                 at[index] += take;
+                if let (Some(last), Some(next)) = (batch.tokens.last_mut(), self.tokens(id)?.get(at[index])) {
+                    last.next = next + 1;
+                }
                 if ends {
                     batch.rows.push(batch.tokens.len() as u32 - 1);
                     owners.push(index);
@@ -59,13 +66,22 @@ impl Session {
                 break;
             }
             self.model.gpu().check_stop()?;
-            let run = self.start(ProgramKind::Forward, &batch)?;
-            let number = self.finished;
+            let run = self.start(kind, &batch)?;
+            let (number, stride) = (self.finished, self.stride(run));
             let mut encoder = self.model.gpu().encoder("prefill");
-            self.record(run, &mut encoder, 1)?;
+            if kind == ProgramKind::Watch {
+                let rows = self.frame_tokens(&batch.tokens)?;
+                let watched = self.watched(run, rows)?;
+                self.record_watched(&watched, &mut encoder, 0);
+            } else {
+                self.record(run, &mut encoder, 1)?;
+            }
             self.submit(encoder)?;
+            if drafts {
+                self.draft_behind(&batch, first_word(number, stride) as u64)?;
+            }
             if !owners.is_empty() {
-                waiting.push(Waiting { run: number, stride: self.stride(run), owners });
+                waiting.push(Waiting { run: number, stride, owners });
             }
             submissions += 1;
             if submissions % FINISHED_STEPS == 0 {
@@ -74,6 +90,9 @@ impl Session {
             }
         }
         self.collect(&mut waiting, &mut sampled)?;
+        if !drafts {
+            self.end_drafts(sequences)?;
+        }
         for (&id, &token) in sequences.iter().zip(&sampled) {
             let sequence = self.slots.get_mut(id)?;
             sequence.cached = sequence.tokens.len();
@@ -99,20 +118,36 @@ impl Session {
                 return Err(Error::Pending { slot: id.slot(), pending, expected: "one (prefill first)" });
             };
             let position = sequence.cached as u32;
-            batch.tokens.push(TokenInfo { id: last, position, sequence: id.slot(), reserved: 0 });
+            batch.tokens.push(TokenInfo { id: last, position, sequence: id.slot(), next: 0 });
             batch.rows.push(row as u32);
             wanted.push((id, sequence.cached + steps as usize));
         }
-        self.ensure_all(&wanted)?;
-        let run = self.start(ProgramKind::Forward, &batch)?;
+        let kind = self.forward_kind();
+        let drafts = self.ensure_with_drafts(&wanted, sequences.len())?;
+        let run = self.start(kind, &batch)?;
         let first = self.finished;
-        let mut left = steps;
-        while left > 0 {
-            let runs = left.min(RUNS_PER_SUBMISSION);
+        let mut watched = Vec::new();
+        if kind == ProgramKind::Watch {
+            let rows = self.frame_tokens(&batch.tokens)?;
+            watched.push(self.watched(run, rows)?);
+        }
+        if drafts {
+            watched.push(self.draft_of_next(&batch)?);
+        }
+        let mut done = 0;
+        while done < steps {
+            let runs = (steps - done).min(RUNS_PER_SUBMISSION);
             let mut encoder = self.model.gpu().encoder("decode");
-            self.record(run, &mut encoder, runs)?;
+            if watched.is_empty() {
+                self.record(run, &mut encoder, runs)?;
+            }
+            for step in done..done + runs {
+                for watched in &watched {
+                    self.record_watched(watched, &mut encoder, step);
+                }
+            }
             self.submit(encoder)?;
-            left -= runs;
+            done += runs;
         }
         let ring = self.ring()?;
         let (stride, rows) = (self.stride(run), sequences.len());
@@ -120,6 +155,9 @@ impl Session {
         for step in 0..steps {
             let tokens = (0..rows).map(|row| self.entry(&ring, first.wrapping_add(step), stride, row));
             steps_tokens.push(tokens.collect::<Result<Vec<u32>>>()?);
+        }
+        if !drafts {
+            self.end_drafts(sequences)?;
         }
         for (row, &id) in sequences.iter().enumerate() {
             let sequence = self.slots.get_mut(id)?;
@@ -163,13 +201,18 @@ impl Session {
     }
 
     fn entry(&self, ring: &[u32], run: u32, stride: usize, row: usize) -> Result<u32> {
-        let token = ring[1 + (run % FINISHED_STEPS) as usize * stride + row];
+        let token = ring[first_word(run, stride) + row];
         let vocab_size = self.model.plan().model.vocab_size;
         if token >= vocab_size {
             return Err(Error::Plan { what: format!("it sampled token {token} of a vocabulary of {vocab_size}") });
         }
         Ok(token)
     }
+}
+
+/// Where the tokens of a run begin in the ring.
+fn first_word(run: u32, stride: usize) -> usize {
+    1 + (run % FINISHED_STEPS) as usize * stride
 }
 
 fn distinct(sequences: &[SequenceId]) -> Result<()> {

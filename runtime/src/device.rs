@@ -2,8 +2,9 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
 
-use wgpu::{Features, InstanceFlags};
+use wgpu::{Features, InstanceFlags, PollError, PollType};
 
 use crate::memory::{self, Memory};
 use crate::{Error, Result};
@@ -99,16 +100,40 @@ impl std::str::FromStr for Selector {
     }
 }
 
+/// Longest time in one wait for the device. wgpu holds a lock meanwhile that a window needs to show its next picture.
+const WAIT_SLICE: Duration = Duration::from_millis(2);
+
 /// Errors that the device reported outside any call of ours.
 #[derive(Debug, Default)]
 struct Faults {
     lost: Mutex<Option<String>>,
-    refused: Mutex<Option<wgpu::Error>>,
+    stray: Mutex<Option<String>>,
+}
+
+/// What a window needs to draw with an open device. The handles are cheap to clone and keep the device open.
+///
+/// Whoever uses them shares the device's queue. Their commands run in the order in which both submit, and may be
+/// submitted and polled for from any thread: waiting here is always for a submission of our own. wgpu gives errors to
+/// the innermost error scope of the thread that caused them. All calls of this crate are in such scopes and return what
+/// was refused as [`Error`]; an error outside any scope is therefore one of the other side's, and goes to
+/// [`Gpu::stray_error`]. A handler set with `on_uncaptured_error` in its place does no harm.
+#[derive(Clone, Debug)]
+pub struct Handles {
+    /// The instance, for surfaces.
+    pub instance: wgpu::Instance,
+    /// The adapter that was chosen.
+    pub adapter: wgpu::Adapter,
+    /// The device.
+    pub device: wgpu::Device,
+    /// Its one queue.
+    pub queue: wgpu::Queue,
 }
 
 /// An open device.
 #[derive(Debug)]
 pub struct Gpu {
+    instance: wgpu::Instance,
+    adapter: wgpu::Adapter,
     pub(crate) device: wgpu::Device,
     pub(crate) queue: wgpu::Queue,
     pub(crate) limits: wgpu::Limits,
@@ -120,15 +145,15 @@ pub struct Gpu {
 
 /// All Vulkan devices of this machine.
 pub fn list() -> Vec<AdapterInfo> {
-    adapters().iter().enumerate().map(|(index, adapter)| describe(index, adapter)).collect()
+    adapters(&instance()).iter().enumerate().map(|(index, adapter)| describe(index, adapter)).collect()
 }
 
-fn adapters() -> Vec<wgpu::Adapter> {
+fn instance() -> wgpu::Instance {
     let mut flags = InstanceFlags::empty();
     if cfg!(debug_assertions) {
         flags |= InstanceFlags::DEBUG | InstanceFlags::VALIDATION;
     }
-    let instance = wgpu::Instance::new(wgpu::InstanceDescriptor {
+    wgpu::Instance::new(wgpu::InstanceDescriptor {
         backends: wgpu::Backends::VULKAN,
         flags,
         // Where the driver reports its budget, creation fails before the system begins to swap.
@@ -137,7 +162,10 @@ fn adapters() -> Vec<wgpu::Adapter> {
             for_device_loss: None,
         },
         ..wgpu::InstanceDescriptor::new_without_display_handle()
-    });
+    })
+}
+
+fn adapters(instance: &wgpu::Instance) -> Vec<wgpu::Adapter> {
     pollster::block_on(instance.enumerate_adapters(wgpu::Backends::VULKAN))
 }
 
@@ -200,15 +228,12 @@ fn choose(infos: &[AdapterInfo], selector: &Selector) -> Result<usize> {
 impl Gpu {
     /// Opens a device with all the limits it has and the features that kernels may use.
     pub fn open(selector: &Selector) -> Result<Arc<Self>> {
-        let adapters = adapters();
+        let instance = instance();
+        let mut adapters = adapters(&instance);
         let infos: Vec<AdapterInfo> = adapters.iter().enumerate().map(|(i, adapter)| describe(i, adapter)).collect();
         let index = choose(&infos, selector)?;
-        let (adapter, info) = (&adapters[index], infos[index].clone());
-        let wanted = Features::SUBGROUP
-            | Features::SHADER_F16
-            | Features::TIMESTAMP_QUERY
-            | Features::TIMESTAMP_QUERY_INSIDE_ENCODERS
-            | Features::TIMESTAMP_QUERY_INSIDE_PASSES;
+        let (adapter, info) = (adapters.swap_remove(index), infos[index].clone());
+        let wanted = Features::SUBGROUP | Features::SHADER_F16 | Features::TIMESTAMP_QUERY;
         let descriptor = wgpu::DeviceDescriptor {
             label: Some("moewe"),
             required_features: adapter.features() & wanted,
@@ -218,10 +243,10 @@ impl Gpu {
         let (device, queue) = pollster::block_on(adapter.request_device(&descriptor))
             .map_err(|error| Error::Open { device: info.name.clone(), what: error.to_string() })?;
         let faults = Arc::new(Faults::default());
-        let refused = Arc::clone(&faults);
-        device.on_uncaptured_error(Arc::new(move |error| {
+        let stray = Arc::clone(&faults);
+        device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| {
             // The first error is the cause, later ones are its consequences.
-            refused.refused.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+            stray.stray.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_with(|| error.to_string());
         }));
         let lost = Arc::clone(&faults);
         device.set_device_lost_callback(move |reason, what| {
@@ -229,7 +254,24 @@ impl Gpu {
             lost.lost.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(what);
         });
         let memory = Arc::new(Memory::new(info.memory_bytes));
-        Ok(Arc::new(Self { limits: device.limits(), device, queue, memory, info, faults, stop: OnceLock::new() }))
+        let (limits, stop) = (device.limits(), OnceLock::new());
+        Ok(Arc::new(Self { instance, adapter, device, queue, limits, memory, info, faults, stop }))
+    }
+
+    /// What another part of this process needs to draw with this device.
+    pub fn handles(&self) -> Handles {
+        Handles {
+            instance: self.instance.clone(),
+            adapter: self.adapter.clone(),
+            device: self.device.clone(),
+            queue: self.queue.clone(),
+        }
+    }
+
+    /// The first error since the last call that the device reported for commands of those who share it by
+    /// [`Gpu::handles`], outside any error scope of theirs. Errors of this crate's own commands are never among them.
+    pub fn stray_error(&self) -> Option<String> {
+        self.faults.stray.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// What device this is.
@@ -252,16 +294,24 @@ impl Gpu {
         self.memory.held()
     }
 
-    /// The error that the device reported since the last call, if any.
+    /// An error if the device was lost.
     pub(crate) fn check(&self) -> Result<()> {
-        let device = || self.info.name.clone();
-        if let Some(what) = self.faults.lost.lock().unwrap_or_else(PoisonError::into_inner).clone() {
-            return Err(Error::DeviceLost { device: device(), what });
-        }
-        match self.faults.refused.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        match self.faults.lost.lock().unwrap_or_else(PoisonError::into_inner).clone() {
             None => Ok(()),
-            Some(wgpu::Error::OutOfMemory { .. }) => Err(self.out_of_memory("a command", 0)),
-            Some(error) => Err(Error::Refused { device: device(), what: error.to_string() }),
+            Some(what) => Err(Error::DeviceLost { device: self.info.name.clone(), what }),
+        }
+    }
+
+    /// What it means that the device refused what was done for `name`.
+    pub(crate) fn refused(&self, name: &str, error: &wgpu::Error) -> Error {
+        // wgpu tells of a lost device when it is polled.
+        let _ = self.device.poll(PollType::Poll);
+        if let Err(lost) = self.check() {
+            return lost;
+        }
+        match error {
+            wgpu::Error::OutOfMemory { .. } => self.out_of_memory(name, 0),
+            error => Error::Refused { device: self.info.name.clone(), what: format!("{name}: {error}") },
         }
     }
 
@@ -289,11 +339,42 @@ impl Gpu {
         }
     }
 
-    /// Waits until the device has done all that was submitted.
-    pub(crate) fn wait(&self) -> Result<()> {
-        let polled = self.device.poll(wgpu::PollType::wait_indefinitely());
+    /// Ends recording.
+    pub(crate) fn finish(&self, encoder: wgpu::CommandEncoder) -> Result<wgpu::CommandBuffer> {
+        self.scoped(|| encoder.finish()).map_err(|error| self.refused("a command", &error))
+    }
+
+    /// Submits commands, after all that was written to buffers before.
+    pub(crate) fn submit(&self, commands: wgpu::CommandBuffer) -> Result<wgpu::SubmissionIndex> {
+        let submitted = self.scoped(|| self.queue.submit([commands]));
+        let index = submitted.map_err(|error| self.refused("a submission", &error))?;
         self.check()?;
-        polled.map(|_| ()).map_err(|error| Error::Refused { device: self.info.name.clone(), what: error.to_string() })
+        Ok(index)
+    }
+
+    /// Waits until the device has done all that was submitted before this call.
+    pub(crate) fn wait(&self) -> Result<()> {
+        let index = self.scoped(|| self.queue.submit([]));
+        self.wait_for(&index.map_err(|error| self.refused("an empty submission", &error))?)
+    }
+
+    /// Waits until the device has done a submission, however much others submit meanwhile.
+    pub(crate) fn wait_for(&self, index: &wgpu::SubmissionIndex) -> Result<()> {
+        loop {
+            let slice = PollType::Wait { submission_index: Some(index.clone()), timeout: Some(WAIT_SLICE) };
+            let polled = self.device.poll(slice);
+            self.check()?;
+            match polled {
+                Ok(_) => return Ok(()),
+                Err(PollError::Timeout) => {}
+                Err(error) => {
+                    // A submission to a lost device has no number that could be waited for.
+                    let _ = self.device.poll(PollType::Poll);
+                    self.check()?;
+                    return Err(Error::Refused { device: self.info.name.clone(), what: error.to_string() });
+                }
+            }
+        }
     }
 }
 

@@ -233,6 +233,12 @@ pub enum Error {
         /// What it may be.
         expected: &'static str,
     },
+    /// Values of parameters that do not fit the plan.
+    #[error("the parameters do not fit: {what}")]
+    Parameters {
+        /// What was found and what was expected.
+        what: String,
+    },
     /// The program has no such tap.
     #[error("there is no tap {name:?} in the {} program", kind_name(*kind))]
     NoTap {
@@ -241,8 +247,8 @@ pub enum Error {
         /// Kind of the program.
         kind: ProgramKind,
     },
-    /// Taps were asked for before the program ran.
-    #[error("the {} program has not run last, so its taps cannot be read", kind_name(*kind))]
+    /// Taps were asked for before the program ran, or when it had run without some of them.
+    #[error("the {} program has not run last, or not as a whole, so its taps cannot be read", kind_name(*kind))]
     NotRun {
         /// Kind of the program.
         kind: ProgramKind,
@@ -256,6 +262,7 @@ pub enum Error {
 pub(crate) fn kind_name(kind: ProgramKind) -> String {
     match kind {
         ProgramKind::Forward => "forward".into(),
+        ProgramKind::Watch => "watch".into(),
         ProgramKind::Trace => "trace".into(),
         ProgramKind::Draft { module } => format!("draft {module}"),
     }

@@ -3,13 +3,16 @@
 //! The way of a token: [`Gpu::open`] opens a device, [`Model::load`] uploads a bundle's weights and makes its
 //! pipelines, [`Session::new`] allocates caches and activations, and [`generate()`] (or [`Session::prefill`] and
 //! [`Session::decode`]) runs the plan's forward program. [`Session::run`] and [`Session::read_taps`] run any program
-//! once and read what it computed. This crate knows buffers, kernels and grids; what they compute is the plan's affair.
+//! once and read what it computed. A session with [`Watch`] reads taps of all that it runs, while it runs, and hands
+//! them out as [`moewe_plan::TapFrame`]s without ever waiting for a reader. This crate knows buffers, kernels and grids; what they compute is the plan's affair.
 
 mod buffers;
 mod check;
 mod decode;
 mod device;
+mod drafts;
 mod error;
+mod frame;
 mod generate;
 mod measure;
 mod memory;
@@ -17,16 +20,21 @@ mod model;
 mod pages;
 mod pipelines;
 mod record;
+mod ring;
 mod sequences;
 mod session;
 mod taps;
+mod timing;
+mod watch;
 
 pub use decode::MAX_BURST;
-pub use device::{AdapterInfo, DeviceType, Gpu, Selector, list};
+pub use device::{AdapterInfo, DeviceType, Gpu, Handles, Selector, list};
 pub use error::{Error, Result};
 pub use generate::{GenerateOptions, Generated, StopReason, Timing, continue_sequence, generate};
 pub use measure::{Bandwidth, copy_bandwidth, dispatch_cost, submit_latency};
 pub use model::{Model, Progress};
+pub use ring::FrameReceiver;
 pub use sequences::SequenceId;
 pub use session::{Batch, Session, SessionOptions};
 pub use taps::{Tap, Words};
+pub use watch::{DECODES_PER_TIMED_RUN, Watch};

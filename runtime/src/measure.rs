@@ -55,16 +55,13 @@ fn pipeline(gpu: &Gpu, name: &str, source: &str, accesses: &[Access]) -> Result<
     Ok(pipelines::make_all(gpu, &[(&kernel, source)], &|_| ())?.remove(0))
 }
 
-fn bind(gpu: &Gpu, pipeline: &Pipeline, buffers: &[&Buffer]) -> wgpu::BindGroup {
+fn bind(gpu: &Gpu, pipeline: &Pipeline, buffers: &[&Buffer]) -> Result<wgpu::BindGroup> {
     let mut entries = Vec::with_capacity(buffers.len());
     for (index, buffer) in buffers.iter().enumerate() {
         entries.push(wgpu::BindGroupEntry { binding: index as u32, resource: buffer.raw.as_entire_binding() });
     }
-    gpu.device.create_bind_group(&wgpu::BindGroupDescriptor {
-        label: None,
-        layout: &pipeline.layout,
-        entries: &entries,
-    })
+    let descriptor = wgpu::BindGroupDescriptor { label: None, layout: &pipeline.layout, entries: &entries };
+    gpu.scoped(|| gpu.device.create_bind_group(&descriptor)).map_err(|error| gpu.refused("bindings", &error))
 }
 
 /// Seconds of the fastest of `times` submissions of what `record` records.
@@ -73,10 +70,10 @@ fn fastest(gpu: &Gpu, times: u32, record: &dyn Fn(&mut wgpu::CommandEncoder)) ->
     for _ in 0..times {
         let mut encoder = gpu.encoder("measure");
         record(&mut encoder);
-        let commands = encoder.finish();
+        let commands = gpu.finish(encoder)?;
         let started = Instant::now();
-        gpu.queue.submit([commands]);
-        gpu.wait()?;
+        let index = gpu.submit(commands)?;
+        gpu.wait_for(&index)?;
         best = best.min(started.elapsed().as_secs_f64());
     }
     Ok(best)
@@ -99,7 +96,7 @@ pub fn copy_bandwidth(gpu: &Gpu) -> Result<Bandwidth> {
     let source = gpu.buffer("measure source", bytes, STORAGE)?;
     let target = gpu.buffer("measure target", bytes, STORAGE)?;
     let pipeline = pipeline(gpu, "copy", COPY, &[Access::Read, Access::ReadWrite])?;
-    let group = bind(gpu, &pipeline, &[&source, &target]);
+    let group = bind(gpu, &pipeline, &[&source, &target])?;
     let grid = (bytes / 16).div_ceil(256).min(16384) as u32;
     let moved = 2.0 * bytes as f64 / 1e9;
     let kernel = fastest(gpu, 5, &|encoder| dispatch(encoder, &pipeline, &group, grid, 1))?;
@@ -111,7 +108,7 @@ pub fn copy_bandwidth(gpu: &Gpu) -> Result<Bandwidth> {
 pub fn dispatch_cost(gpu: &Gpu) -> Result<f64> {
     let counter = gpu.buffer("measure counter", 16, STORAGE)?;
     let pipeline = pipeline(gpu, "count", COUNT, &[Access::ReadWrite])?;
-    let group = bind(gpu, &pipeline, &[&counter]);
+    let group = bind(gpu, &pipeline, &[&counter])?;
     let seconds = |times: u32| fastest(gpu, 5, &|encoder| dispatch(encoder, &pipeline, &group, 1, times));
     let (few, many) = (100, 1100);
     Ok((seconds(many)? - seconds(few)?).max(0.0) * 1e6 / f64::from(many - few))
@@ -121,6 +118,6 @@ pub fn dispatch_cost(gpu: &Gpu) -> Result<f64> {
 pub fn submit_latency(gpu: &Gpu) -> Result<f64> {
     let counter = gpu.buffer("measure counter", 16, STORAGE)?;
     let pipeline = pipeline(gpu, "count", COUNT, &[Access::ReadWrite])?;
-    let group = bind(gpu, &pipeline, &[&counter]);
+    let group = bind(gpu, &pipeline, &[&counter])?;
     Ok(fastest(gpu, 30, &|encoder| dispatch(encoder, &pipeline, &group, 1, 1))? * 1e6)
 }

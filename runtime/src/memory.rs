@@ -1,7 +1,7 @@
 //! Device buffers, with a count of the bytes they hold.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, mpsc};
 
 use wgpu::BufferUsages;
 
@@ -108,8 +108,8 @@ impl Gpu {
     pub(crate) fn read(&self, mut encoder: wgpu::CommandEncoder, sources: &[(&Buffer, u64, u64)]) -> Result<Vec<u32>> {
         let bytes: u64 = sources.iter().map(|source| source.2).sum();
         if bytes == 0 {
-            self.queue.submit([encoder.finish()]);
-            self.wait()?;
+            let index = self.submit(self.finish(encoder)?)?;
+            self.wait_for(&index)?;
             return Ok(Vec::new());
         }
         let target = self.buffer("readback", bytes, BufferUsages::COPY_DST | BufferUsages::MAP_READ)?;
@@ -118,14 +118,17 @@ impl Gpu {
             encoder.copy_buffer_to_buffer(&source.raw, offset, &target.raw, at, bytes);
             at += bytes;
         }
-        self.queue.submit([encoder.finish()]);
+        let index = self.submit(self.finish(encoder)?)?;
         let slice = target.raw.slice(..bytes);
-        slice.map_async(wgpu::MapMode::Read, |_| ());
-        self.wait()?;
-        let view = slice.get_mapped_range().map_err(|error| Error::Refused {
-            device: self.info().name.clone(),
-            what: format!("reading back: {error}"),
-        })?;
+        let (sender, receiver) = mpsc::channel();
+        let map = || slice.map_async(wgpu::MapMode::Read, move |mapped| drop(sender.send(mapped)));
+        self.scoped(map).map_err(|error| self.refused("reading back", &error))?;
+        self.wait_for(&index)?;
+        let refused = |what: String| Error::Refused { device: self.info().name.clone(), what };
+        // Another thread that polls may have taken over the message, and be about to deliver it.
+        let mapped = receiver.recv().map_err(|_| refused("reading back was given up".into()))?;
+        mapped.map_err(|error| refused(format!("reading back: {error}")))?;
+        let view = slice.get_mapped_range().map_err(|error| refused(format!("reading back: {error}")))?;
         let words = view.chunks_exact(4).map(|word| u32::from_le_bytes([word[0], word[1], word[2], word[3]])).collect();
         drop(view);
         target.raw.unmap();

@@ -107,7 +107,6 @@ impl Model {
             let segments = piece.segments.iter().map(|segment| files.bytes(segment));
             weights.insert((weight, shard), upload.buffer(&tensor.name, padded_bytes(piece), segments)?);
         }
-        gpu.queue.submit([]);
         gpu.wait()?;
         let pipelines = plan.kernels.iter().map(|_| OnceLock::new()).collect();
         let (gpu, kernels, kinds) = (Arc::clone(gpu), bundle.kernels.clone(), kinds.to_vec());
@@ -219,7 +218,8 @@ impl Upload<'_> {
                 filled += now.len();
                 rest = later;
             }
-            drop(view);
+            let handed = self.gpu.scoped(|| drop(view));
+            handed.map_err(|error| self.gpu.refused(&format!("weight {name}"), &error))?;
             at += size as u64;
             self.count(size as u64)?;
         }
@@ -231,7 +231,6 @@ impl Upload<'_> {
         self.in_flight += bytes;
         self.done += bytes;
         if self.in_flight >= IN_FLIGHT {
-            self.gpu.queue.submit([]);
             self.gpu.wait()?;
             self.in_flight = 0;
         }

@@ -2,17 +2,23 @@
 
 use std::collections::BTreeMap;
 
-use moewe_plan::{Binding, Program, Symbols};
+use moewe_plan::{Binding, Program, Step, Symbols};
 use wgpu::{BindGroup, BindGroupEntry, BindingResource, BufferBinding, BufferUsages, ComputePipeline};
 
 use crate::buffers::Buffers;
 use crate::memory::Buffer;
+use crate::timing::Queries;
 use crate::{Error, Model, Result};
+
+/// Workgroups of each step, `None` for a step that does not run.
+pub(crate) type Grids = Vec<Option<[u32; 3]>>;
+
+type PreparedStep = (ComputePipeline, BindGroup);
 
 /// A program whose bind groups exist.
 #[derive(Debug)]
 pub(crate) struct Prepared {
-    steps: Vec<(ComputePipeline, BindGroup)>,
+    steps: Vec<PreparedStep>,
     /// Kept for the count of held memory; the bind groups keep the buffer itself.
     _params: Buffer,
 }
@@ -63,15 +69,35 @@ impl Prepared {
     pub(crate) fn record(&self, encoder: &mut wgpu::CommandEncoder, grids: &[Option<[u32; 3]>], runs: u32) {
         let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
         for _ in 0..runs {
-            for ((pipeline, group), grid) in self.steps.iter().zip(grids) {
-                if let Some([x, y, z]) = *grid {
-                    pass.set_pipeline(pipeline);
-                    pass.set_bind_group(0, group, &[]);
-                    pass.dispatch_workgroups(x, y, z);
-                }
+            for (step, grid) in self.running(grids) {
+                dispatch(&mut pass, step, grid);
             }
         }
     }
+
+    /// Records all dispatches once, each in a pass of its own that notes when it begins and ends.
+    pub(crate) fn record_timed(
+        &self,
+        encoder: &mut wgpu::CommandEncoder,
+        grids: &[Option<[u32; 3]>],
+        queries: &Queries,
+    ) {
+        for (number, (step, grid)) in self.running(grids).enumerate() {
+            let timestamp_writes = Some(queries.writes(number));
+            let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor { label: None, timestamp_writes });
+            dispatch(&mut pass, step, grid);
+        }
+    }
+
+    fn running<'a>(&'a self, grids: &'a [Option<[u32; 3]>]) -> impl Iterator<Item = (&'a PreparedStep, [u32; 3])> {
+        self.steps.iter().zip(grids).filter_map(|(step, grid)| Some((step, (*grid)?)))
+    }
+}
+
+fn dispatch(pass: &mut wgpu::ComputePass<'_>, (pipeline, group): &PreparedStep, [x, y, z]: [u32; 3]) {
+    pass.set_pipeline(pipeline);
+    pass.set_bind_group(0, group, &[]);
+    pass.dispatch_workgroups(x, y, z);
 }
 
 /// A buffer with the parameters of all steps.
@@ -84,15 +110,16 @@ fn parameters(model: &Model, slots: &BTreeMap<[u32; 4], u64>, align: u64) -> Res
     // Only 16 bytes of it are bound at a time, so the limit of a uniform binding does not concern it.
     let usage = BufferUsages::UNIFORM | BufferUsages::COPY_DST;
     let buffer = gpu.buffer_up_to("step parameters", bytes.len() as u64, usage, gpu.limits.max_buffer_size)?;
-    gpu.queue.write_buffer(&buffer.raw, 0, &bytes);
+    let written = gpu.scoped(|| gpu.queue.write_buffer(&buffer.raw, 0, &bytes));
+    written.map_err(|error| gpu.refused("step parameters", &error))?;
     Ok(buffer)
 }
 
-/// Workgroups of each step, `None` where there are none.
-pub(crate) fn grids(program: &Program, symbols: &Symbols, limit: u32) -> Result<Vec<Option<[u32; 3]>>> {
-    let grid = |step: &moewe_plan::Step| {
+/// Workgroups of the steps that are wanted and have any.
+pub(crate) fn grids(program: &Program, symbols: &Symbols, limit: u32, wanted: &dyn Fn(&Step) -> bool) -> Result<Grids> {
+    let grid = |step: &Step| {
         let sizes = [0, 1, 2].map(|axis| step.grid[axis].eval(symbols));
-        if sizes.contains(&0) {
+        if sizes.contains(&0) || !wanted(step) {
             return Ok(None);
         }
         match sizes.into_iter().find(|&size| size > limit.into()) {

@@ -18,6 +18,12 @@ impl SequenceId {
     pub fn slot(self) -> u32 {
         self.slot
     }
+
+    /// A number that no other sequence of its session has (as long as there are fewer than 2³² of them). Frames name
+    /// sequences by it.
+    pub fn number(self) -> u32 {
+        self.generation
+    }
 }
 
 #[derive(Debug)]
@@ -27,6 +33,8 @@ pub(crate) struct Sequence {
     pub(crate) tokens: Vec<u32>,
     /// How many of them the model has run; always fewer than all.
     pub(crate) cached: usize,
+    /// Whether a draft has followed every one of them, so that the draft's own cache has no gaps.
+    pub(crate) drafted: bool,
     pages: Vec<u32>,
     sampling: Sampling,
     /// Whether the device has other pages, or other sampling parameters and seen tokens.
@@ -44,6 +52,14 @@ pub(crate) struct Slots {
 impl Slots {
     pub(crate) fn new(count: u32) -> Self {
         Self { slots: (0..count).map(|_| None).collect(), generation: 0 }
+    }
+
+    /// Notes that the device has to be told everything again.
+    pub(crate) fn all_changed(&mut self) {
+        for sequence in self.slots.iter_mut().flatten() {
+            sequence.pages_changed = true;
+            sequence.tokens_changed = true;
+        }
     }
 
     pub(crate) fn by_slot(&self, slot: u32) -> Result<SequenceId> {
@@ -75,6 +91,7 @@ impl Session {
             id,
             tokens: prompt.to_vec(),
             cached: 0,
+            drafted: true,
             pages: Vec::new(),
             sampling,
             pages_changed: true,
@@ -103,7 +120,8 @@ impl Session {
         Ok(())
     }
 
-    /// Forgets all tokens of a sequence behind the first `length`, of which there must be one.
+    /// Forgets all tokens of a sequence behind the first `length`, of which there must be one. Frames that were made of
+    /// the forgotten tokens are not taken back: see [`Session::frames`].
     pub fn rewind(&mut self, sequence: SequenceId, length: usize) -> Result<()> {
         let sequence = self.slots.get_mut(sequence)?;
         if length == 0 {
@@ -113,6 +131,7 @@ impl Session {
             sequence.tokens.truncate(length);
             // The last token is run again: only a run samples what follows.
             sequence.cached = sequence.cached.min(length - 1);
+            sequence.drafted |= sequence.cached == 0;
             sequence.tokens_changed = true;
         }
         Ok(())

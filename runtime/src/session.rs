@@ -2,13 +2,14 @@
 
 use std::sync::Arc;
 
-use moewe_plan::{Precision, Program, ProgramKind, Role, Symbols, TokenInfo};
+use moewe_plan::{Precision, Program, ProgramKind, Role, Step, Symbols, TokenInfo};
 
 use crate::buffers::Buffers;
 use crate::pages::Pages;
-use crate::record::{Prepared, grids};
+use crate::record::{Grids, Prepared, grids};
 use crate::sequences::{SequenceId, Slots};
-use crate::{Error, Model, Result};
+use crate::watch::Watching;
+use crate::{Error, Model, Result, Watch};
 
 /// What a session is to hold.
 #[derive(Clone, Debug)]
@@ -25,6 +26,9 @@ pub struct SessionOptions {
     /// Bytes of the latent cache where `pages` is not said; 4 GiB without it, on a software driver at most half
     /// of the free memory.
     pub cache_bytes: Option<u64>,
+    /// Reads taps while sequences run, which needs [`ProgramKind::Watch`] among `kinds` (and the first draft, if drafts
+    /// are to be watched, too).
+    pub watch: Option<Watch>,
 }
 
 impl Default for SessionOptions {
@@ -36,6 +40,7 @@ impl Default for SessionOptions {
             max_sequences: 1,
             pages: None,
             cache_bytes: None,
+            watch: None,
         }
     }
 }
@@ -50,10 +55,13 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// Tokens of one sequence from a position on, without rows.
+    /// Tokens of one sequence from a position on, without rows. Each knows the one behind it; the last does not.
     pub fn of(sequence: SequenceId, ids: &[u32], first_position: u32) -> Self {
-        let token = |(position, &id): (u32, &u32)| TokenInfo { id, position, sequence: sequence.slot(), reserved: 0 };
-        Self { tokens: (first_position..).zip(ids).map(token).collect(), rows: Vec::new() }
+        let token = |(index, (position, &id)): (usize, (u32, &u32))| {
+            let next = ids.get(index + 1).map_or(0, |next| next.saturating_add(1));
+            TokenInfo { id, position, sequence: sequence.slot(), next }
+        };
+        Self { tokens: (first_position..).zip(ids).enumerate().map(token).collect(), rows: Vec::new() }
     }
 
     /// Asks for the logits of every token.
@@ -76,6 +84,8 @@ impl Batch {
 pub(crate) struct LastRun {
     pub(crate) program: usize,
     pub(crate) symbols: Symbols,
+    /// Whether every token is a wanted row, in their order, as when decoding.
+    pub(crate) all_rows: bool,
 }
 
 /// Running sequences of a model: caches, activations, bind groups.
@@ -89,12 +99,19 @@ pub struct Session {
     pub(crate) pages: Pages,
     /// Runs that the device has counted in the ring of finished tokens.
     pub(crate) finished: u32,
+    /// The run whose taps can be read: the last one, if no step was left out.
     pub(crate) last: Option<LastRun>,
+    /// Whether any parameter differs from what changes nothing.
+    pub(crate) edited: bool,
+    pub(crate) watching: Option<Watching>,
 }
 
 impl Session {
     /// Allocates caches and activations, all zeros, and makes the pipelines that are missing.
     pub fn new(model: Arc<Model>, options: SessionOptions) -> Result<Self> {
+        if options.watch.is_some() && !options.kinds.contains(&ProgramKind::Watch) {
+            return Err(Error::NotPrepared { kind: ProgramKind::Watch, place: "session" });
+        }
         model.prepare(&options.kinds, options.precision, &|_| ())?;
         let plan = model.plan();
         let programs: Vec<&Program> =
@@ -103,7 +120,11 @@ impl Session {
         let prepared = plan.programs.iter().map(|_| None).collect();
         let pages = Pages::new(buffers.capacity.pages as u32);
         let slots = Slots::new(buffers.capacity.sequences as u32);
-        Ok(Self { model, options, buffers, prepared, slots, pages, finished: 0, last: None })
+        let watching = options.watch.as_ref().map(|watch| Watching::new(&model, &options, watch));
+        let (finished, last, edited) = (0, None, false);
+        let session = Self { model, options, buffers, prepared, slots, pages, finished, last, edited, watching };
+        session.write_parameters(&session.neutral_parameters())?;
+        Ok(session)
     }
 
     /// The model.
@@ -157,6 +178,9 @@ impl Session {
             if token.id >= info.vocab_size {
                 return Err(Error::TokenOutOfVocabulary { index, token: token.id, vocab_size: info.vocab_size });
             }
+            if token.next > info.vocab_size {
+                return wrong(format!("token {index} is followed by {}, plus one", token.next));
+            }
             if token.position >= info.max_context {
                 let (tokens, max_context) = (token.position as usize + 1, info.max_context as usize);
                 return Err(Error::ContextExceeded { tokens, max_context });
@@ -196,43 +220,75 @@ impl Session {
         Err(Error::BatchTooLarge { kind, tokens, rows, max_tokens, max_rows })
     }
 
-    /// Uploads a batch and whatever of its sequences changed, and says what to record.
-    pub(crate) fn start(&mut self, kind: ProgramKind, batch: &Batch) -> Result<LastRun> {
-        let program = self.choose(kind, batch.tokens.len(), batch.rows.len())?;
+    /// The run of the smallest program that takes so many tokens and these rows, ready to be recorded.
+    pub(crate) fn select(&mut self, kind: ProgramKind, tokens: usize, rows: &[u32]) -> Result<LastRun> {
+        let all_rows = rows.iter().copied().eq(0..tokens as u32);
+        let rows = rows.len();
+        let program = self.choose(kind, tokens, rows)?;
         if self.prepared[program].is_none() {
             let plan = self.model.plan();
             self.prepared[program] = Some(Prepared::new(&self.model, &self.buffers, &plan.programs[program])?);
         }
-        let (tokens, rows) = (batch.tokens.len() as u32, batch.rows.len() as u32);
-        self.write(Role::Header, 0, &[tokens, rows, 0, 0]);
-        let words = batch.tokens.iter().flat_map(|token| [token.id, token.position, token.sequence, 0]);
-        self.write(Role::Tokens, 0, &words.collect::<Vec<u32>>());
-        self.write(Role::Rows, 0, &batch.rows);
-        self.upload_sequences();
-        let symbols = Symbols { tokens: tokens.into(), rows: rows.into(), ..self.buffers.capacity };
-        Ok(LastRun { program, symbols })
+        let symbols = Symbols { tokens: tokens as u64, rows: rows as u64, ..self.buffers.capacity };
+        Ok(LastRun { program, symbols, all_rows })
+    }
+
+    /// Uploads a batch and whatever of its sequences changed, and says what to record.
+    pub(crate) fn start(&mut self, kind: ProgramKind, batch: &Batch) -> Result<LastRun> {
+        let run = self.select(kind, batch.tokens.len(), &batch.rows)?;
+        let gpu = Arc::clone(self.model.gpu());
+        let written = gpu.scoped(|| {
+            self.write(Role::Header, 0, &[batch.tokens.len() as u32, batch.rows.len() as u32, 0, 0]);
+            let words = batch.tokens.iter().flat_map(|token| [token.id, token.position, token.sequence, token.next]);
+            self.write(Role::Tokens, 0, &words.collect::<Vec<u32>>());
+            self.write(Role::Rows, 0, &batch.rows);
+            self.upload_sequences();
+        });
+        written.map_err(|error| {
+            self.slots.all_changed();
+            gpu.refused("a batch", &error)
+        })?;
+        Ok(run)
+    }
+
+    /// Workgroups of a run's steps, as far as they are wanted.
+    pub(crate) fn grids(&self, run: LastRun, wanted: &dyn Fn(&Step) -> bool) -> Result<Grids> {
+        let program = &self.model.plan().programs[run.program];
+        grids(program, &run.symbols, self.model.gpu().limits.max_compute_workgroups_per_dimension, wanted)
+    }
+
+    pub(crate) fn prepared(&self, run: LastRun) -> &Prepared {
+        self.prepared[run.program].as_ref().expect("`select` prepared it")
+    }
+
+    /// Counts runs whose sampled tokens the device counts.
+    pub(crate) fn count(&mut self, run: LastRun, runs: u32) {
+        let kind = self.model.plan().programs[run.program].kind;
+        if matches!(kind, ProgramKind::Forward | ProgramKind::Watch) && run.symbols.rows > 0 {
+            self.finished = self.finished.wrapping_add(runs);
+        }
     }
 
     /// Records a started run, several times over where each feeds the next.
     pub(crate) fn record(&mut self, run: LastRun, encoder: &mut wgpu::CommandEncoder, runs: u32) -> Result<()> {
-        let program = &self.model.plan().programs[run.program];
-        let grids = grids(program, &run.symbols, self.model.gpu().limits.max_compute_workgroups_per_dimension)?;
-        let prepared = self.prepared[run.program].as_ref().expect("`start` prepared it");
-        prepared.record(encoder, &grids, runs);
-        if program.kind == ProgramKind::Forward && run.symbols.rows > 0 {
-            self.finished = self.finished.wrapping_add(runs);
-        }
+        let grids = self.grids(run, &|_| true)?;
+        self.prepared(run).record(encoder, &grids, runs);
+        self.count(run, runs);
         self.last = Some(run);
         Ok(())
     }
 
-    pub(crate) fn submit(&self, encoder: wgpu::CommandEncoder) -> Result<()> {
+    pub(crate) fn submit(&mut self, encoder: wgpu::CommandEncoder) -> Result<()> {
         let gpu = self.model.gpu();
-        gpu.queue.submit([encoder.finish()]);
-        gpu.check().inspect_err(|_| {
-            // What was refused did not run, so the device did not count it.
-            self.write(Role::Finished, 0, &[self.finished]);
-        })
+        let submitted = gpu.finish(encoder).and_then(|commands| gpu.submit(commands));
+        if let Some(watching) = &mut self.watching {
+            watching.submitted(gpu, submitted.is_ok());
+        }
+        if submitted.is_err() {
+            // What was refused did not run, so the device did not count it. If this is refused, too, the ring tells.
+            let _ = gpu.scoped(|| self.write(Role::Finished, 0, &[self.finished]));
+        }
+        submitted.map(|_| ())
     }
 
     /// Writes words into the buffer of a role, if a program in use reads it.

@@ -1,6 +1,6 @@
 //! Reading what a program computed.
 
-use moewe_plan::{DType, ProgramKind, TapSpec};
+use moewe_plan::{DType, Dim, Program, ProgramKind, Symbol, Symbols, TapSpec};
 
 use crate::{Error, Result, Session};
 
@@ -22,6 +22,14 @@ pub struct Tap {
     pub shape: [usize; 2],
     /// Its numbers, row by row.
     pub data: Words,
+}
+
+/// Whether a tap is the one of its name that tells of a run. A program may have two, one with a row for each token and one
+/// for each wanted row: where all tokens are wanted rows (`all_rows`), both hold the same, and the second is cheaper.
+pub(crate) fn tells(program: &Program, tap: &TapSpec, all_rows: bool) -> bool {
+    let of_rows = |tap: &TapSpec| tap.rows == Dim::Symbol(Symbol::Rows);
+    let has_twin = program.taps.iter().any(|other| of_rows(other) != of_rows(tap) && other.name == tap.name);
+    !has_twin || of_rows(tap) == all_rows
 }
 
 impl Session {
@@ -46,24 +54,10 @@ impl Session {
         }
         let mut specs = Vec::new();
         let mut sources = Vec::new();
-        for spec in program.taps.iter().filter(|spec| wanted(spec)) {
-            let rows = spec.rows.eval(&last.symbols);
-            let buffer = self.buffers.get(spec.buffer);
-            // From the first wanted number of the first row to the last of the last row.
-            let words = match rows.checked_sub(1) {
-                None => Some(0),
-                Some(whole) => whole.checked_mul(spec.stride.into()).and_then(|n| n.checked_add(spec.columns.into())),
-            };
-            let offset = u64::from(spec.offset) * 4;
-            let bytes = words.and_then(|words| words.checked_mul(4));
-            let end = bytes.and_then(|bytes| bytes.checked_add(offset));
-            let Some(bytes) = bytes.filter(|_| end.is_some_and(|end| end <= buffer.bytes())) else {
-                let name = &plan.buffers[spec.buffer as usize].name;
-                let what = format!("tap {} ends at {end:?} in buffer {name} of {} bytes", spec.name, buffer.bytes());
-                return Err(Error::Plan { what });
-            };
+        for spec in program.taps.iter().filter(|tap| wanted(tap) && tells(program, tap, last.all_rows)) {
+            let (rows, offset, bytes) = self.extent(spec, &last.symbols)?;
             if bytes > 0 {
-                sources.push((buffer, offset, bytes));
+                sources.push((self.buffers.get(spec.buffer), offset, bytes));
             }
             specs.push((spec, rows as usize, (bytes / 4) as usize));
         }
@@ -83,6 +77,26 @@ impl Session {
             Tap { name: spec.name.clone(), shape: [rows, columns], data }
         };
         Ok(specs.into_iter().map(gather).collect())
+    }
+
+    /// Rows of a tap, and the bytes of its buffer from its first number on, up to its last one.
+    pub(crate) fn extent(&self, spec: &TapSpec, symbols: &Symbols) -> Result<(u64, u64, u64)> {
+        let rows = spec.rows.eval(symbols);
+        let words = match rows.checked_sub(1) {
+            None => Some(0),
+            Some(whole) => whole.checked_mul(spec.stride.into()).and_then(|n| n.checked_add(spec.columns.into())),
+        };
+        let (buffer, offset) = (self.buffers.get(spec.buffer), u64::from(spec.offset) * 4);
+        let bytes = words.and_then(|words| words.checked_mul(4));
+        let end = bytes.and_then(|bytes| bytes.checked_add(offset));
+        match bytes {
+            Some(bytes) if end.is_some_and(|end| end <= buffer.bytes()) => Ok((rows, offset, bytes)),
+            _ => {
+                let (name, size) = (&self.model.plan().buffers[spec.buffer as usize].name, buffer.bytes());
+                let what = format!("tap {} ends at {end:?} in buffer {name} of {size} bytes", spec.name);
+                Err(Error::Plan { what })
+            }
+        }
     }
 
     /// Reads sources in as few copies as a buffer of moderate size allows.

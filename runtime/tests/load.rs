@@ -39,6 +39,8 @@ fn with_buffers(mut plan: Plan, buffers: Vec<Buffer>) -> Plan {
         plan.buffers.push(buffer);
         let tap = moewe_plan::TapSpec {
             name: format!("extra {index}"),
+            group: moewe_plan::TapGroup::Hidden,
+            layer: None,
             buffer: index,
             rows: Dim::Const(0),
             stride: 1,
@@ -75,9 +77,9 @@ fn damaged_bundles_are_refused() {
     }
     let error = damage("manifest.json", &|bytes| {
         let text = String::from_utf8(bytes.clone()).unwrap();
-        *bytes = text.replace("\"format_version\": 1", "\"format_version\": 7").into_bytes();
+        *bytes = text.replace("\"format_version\": 2", "\"format_version\": 7").into_bytes();
     });
-    assert!(error.contains("bundle format 7, this moewe reads format 1"), "{error}");
+    assert!(error.contains("bundle format 7, this moewe reads format 2"), "{error}");
     let error = open_and_load(Path::new("/no/such/bundle")).unwrap_err().to_string();
     assert!(error.contains("/no/such/bundle") && error.contains("moewe compile"), "{error}");
 }
@@ -165,9 +167,54 @@ fn plans_that_contradict_themselves_are_refused() {
 }
 
 #[test]
+fn parameters_and_taps_that_do_not_fit_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("bundle");
+    write_bundle(&path, plan());
+    // The bundle's own check comes first, so the plan is changed behind it.
+    let refused = |change: &dyn Fn(&mut Plan)| {
+        let mut bundle = Bundle::open(&path).unwrap();
+        change(&mut bundle.plan);
+        match Model::load(&gpu(), &bundle, &|_| ()) {
+            Err(Error::Plan { what }) => what,
+            found => panic!("{found:?}"),
+        }
+    };
+    let index = |name: &str| plan().buffers.iter().position(|buffer| buffer.name == name).unwrap();
+    let (offset, scale) = (index("offset"), index("scale"));
+    let what = refused(&|plan| plan.parameters[0].buffer = 1000);
+    assert!(what.contains("parameter ExpertOffset of layer 0 is in buffer 1000 of"), "{what}");
+    let what = refused(&|plan| plan.buffers[offset].elements = Dim::Symbol(Symbol::Pages));
+    assert!(what.contains("offset has pages elements, not a constant"), "{what}");
+    let what = refused(&|plan| plan.parameters[1].len = 3);
+    assert!(what.contains("buffer scale holds 2 F32 as Parameter, 3 F32 as Parameter expected"), "{what}");
+    let what = refused(&|plan| plan.buffers[scale].dtype = DType::U32);
+    assert!(what.contains("holds 2 U32"), "{what}");
+    let what = refused(&|plan| plan.buffers[scale].role = Role::State);
+    assert!(what.contains("as State"), "{what}");
+    let what = refused(&|plan| plan.parameters[1] = moewe_plan::Parameter { len: 2, ..plan.parameters[0].clone() });
+    assert!(what.contains("buffer offset is another parameter's, too"), "{what}");
+    let what = refused(&|plan| plan.parameters.truncate(1));
+    assert!(what.contains("buffer scale has the role Parameter, no parameter is in it"), "{what}");
+    let what = refused(&|plan| plan.programs[3].steps[4].only_for.push(9));
+    assert!(what.contains("step mix is only for tap 9 of 6"), "{what}");
+    let what = refused(&|plan| plan.programs[3].taps[0].rows = Dim::Symbol(Symbol::Rows));
+    assert!(what.contains("tap copy of the watch program has rows rows, one for each token expected"), "{what}");
+    // A tap of wanted rows is no more than another form of one of tokens.
+    let what = refused(&|plan| plan.programs[3].taps[5].columns = 5);
+    assert!(what.contains("tap told of the watch program has rows rows"), "{what}");
+    let what = refused(&|plan| plan.programs[3].taps[4].rows = Dim::Symbol(Symbol::Rows));
+    assert!(what.contains("tap told of the watch program has rows rows"), "{what}");
+    let what = refused(&|plan| plan.programs[3].taps[5].rows = Dim::Times(Symbol::Rows, 1));
+    assert!(what.contains("tap told of the watch program has rows"), "{what}");
+    let what = refused(&|plan| plan.programs[5].taps[0].rows = Dim::Const(1));
+    assert!(what.contains("tap mtp.1.ids of the draft 1 program has 1 rows"), "{what}");
+}
+
+#[test]
 fn programs_that_are_not_there_are_named() {
     let model = load(plan()).unwrap();
-    let draft = SessionOptions { kinds: vec![ProgramKind::Draft { module: 1 }], ..SessionOptions::default() };
+    let draft = SessionOptions { kinds: vec![ProgramKind::Draft { module: 2 }], ..SessionOptions::default() };
     assert!(matches!(Session::new(model.clone(), draft), Err(Error::NoProgram { .. })));
     let fast = SessionOptions { precision: moewe_plan::Precision::Fast, ..SessionOptions::default() };
     let error = Session::new(model, fast).unwrap_err();

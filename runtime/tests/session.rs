@@ -175,7 +175,7 @@ fn taps_are_gathered_by_row_stride_and_offset() {
     session.run(ProgramKind::Trace, &batch).unwrap();
     let taps = session.read_taps(ProgramKind::Trace).unwrap();
     let names: Vec<&str> = taps.iter().map(|tap| tap.name.as_str()).collect();
-    assert_eq!(names, ["logits", "mix", "mix.part", "weight"]);
+    assert_eq!(names, ["logits", "mix", "mix.part", "weight", "ticks"]);
     let Words::F32(logits) = &taps[0].data else { panic!("logits are floats") };
     assert_eq!(taps[0].shape, [2, VOCAB as usize]);
     assert_eq!(largest(&logits[..VOCAB as usize]), next(&ids, false));

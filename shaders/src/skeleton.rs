@@ -33,7 +33,7 @@ const EMPTY: Skeleton = Skeleton { name: "", source: "", flags: &[], weight: fal
 
 /// Every kernel.
 pub const SKELETONS: &[Skeleton] = &[
-    skeleton!("absorb_output", ["aligned", "scaled"], [weight, reduce]),
+    skeleton!("absorb_output", ["aligned", "edit", "scaled"], [weight, reduce]),
     skeleton!("absorb_query", ["interleave", "scaled"], [weight]),
     skeleton!("advance", [], []),
     skeleton!("embed", ["scaled"], [weight]),
@@ -41,12 +41,13 @@ pub const SKELETONS: &[Skeleton] = &[
     skeleton!("experts_gate_up", ["aligned", "norm", "scaled"], [weight, reduce]),
     skeleton!("gather_rows", [], []),
     skeleton!("latent_attention", [], [latent]),
-    skeleton!("latent_write", ["interleave", "tapped"], [latent]),
+    skeleton!("latent_write", ["edit", "interleave", "tapped"], [latent]),
     skeleton!("linear", ["aligned", "bias", "gated", "norm", "residual", "scaled"], [weight, reduce]),
     skeleton!("mtp_join", [], []),
     skeleton!("rms_norm", [], []),
-    skeleton!("router", ["bias", "groups", "normalise", "softmax", "top2"], []),
+    skeleton!("router", ["bias", "edit", "groups", "normalise", "softmax", "top2"], []),
     skeleton!("sample", [], []),
+    skeleton!("top_tokens", ["given", "next"], []),
 ];
 
 /// The kernel of this name.

@@ -32,6 +32,7 @@ fn with_shapes(kernel: &'static str) -> Variant {
         ("BLOCK_COLUMNS", 128),
         ("MAX_ROWS", 64),
         ("STEPS", 32),
+        ("TOP", 8),
     ];
     let mut variant = Variant::new(kernel).float("EPS", 1e-6).float("SCALE", 2.5).float("SOFTMAX_SCALE", 0.1);
     for (name, value) in ints {
@@ -70,6 +71,10 @@ fn every_variant_links_and_validates() {
             // SwiGLU never carries a bias or a residual: no family has that.
             let has = |flag| variant.flags.contains(flag);
             if has("gated") && (has("bias") || has("residual")) {
+                continue;
+            }
+            // One token is asked for, or none.
+            if has("next") && has("given") {
                 continue;
             }
             for variant in plugs(&variant, skeleton.weight, skeleton.latent, skeleton.reduce) {
@@ -119,6 +124,9 @@ fn snapshots() {
     let router =
         with_shapes("router").flag("bias", true).flag("groups", true).flag("top2", true).flag("normalise", true);
     insta::assert_snapshot!("router_v3", link(&router).unwrap().wgsl);
+    let edited = router.flag("edit", true);
+    insta::assert_snapshot!("router_v3_edit", link(&edited).unwrap().wgsl);
+    insta::assert_snapshot!("top_tokens_next", link(&with_shapes("top_tokens").flag("next", true)).unwrap().wgsl);
     let attention = with_shapes("latent_attention").latent(Latent::F16);
     insta::assert_snapshot!("latent_attention_f16", link(&attention).unwrap().wgsl);
 }

@@ -3,6 +3,12 @@
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use moewe_plan::TapChoice;
+
+mod watch;
+
+use watch::taps;
+pub use watch::{EditArgs, PaletteArg, PlaceArgs, ThemeArg, ViewArgs, WatchArgs};
 
 /// Compile, run and look into mixture-of-experts models on any Vulkan GPU.
 #[derive(Debug, Parser)]
@@ -33,6 +39,8 @@ pub enum Command {
     Run(RunArgs),
     /// Talk with a model in the terminal
     Chat(ChatArgs),
+    /// Watch experts and latents: of a running model in a window, or in a recording
+    View(ViewArgs),
     /// Run one forward pass and write every tensor on the way to a file
     Trace(TraceArgs),
     /// Compile a checkpoint into a bundle of kernels, plan and weights
@@ -156,7 +164,9 @@ pub struct SamplingArgs {
     Examples:\n  \
     moewe run models/demo \"The king said to\" -n 40 --seed 7\n  \
     moewe run models/demo --prompt bible=\"The king\" --prompt json='{\"name\":' --heatmap\n  \
-    moewe run models/demo --tokens 0,51,82 --temperature 0 --json")]
+    moewe run models/demo --tokens 0,51,82 --temperature 0 --json\n  \
+    moewe run models/demo \"The king said to\" --record king.moewe-rec && moewe view king.moewe-rec\n  \
+    moewe run models/demo \"The king said to\" --mute 3:17 --force 2:8")]
 pub struct RunArgs {
     #[command(flatten)]
     pub model: ModelArgs,
@@ -185,6 +195,12 @@ pub struct RunArgs {
     pub json: bool,
 
     #[command(flatten)]
+    pub watch: WatchArgs,
+
+    #[command(flatten)]
+    pub edits: EditArgs,
+
+    #[command(flatten)]
     pub sampling: SamplingArgs,
 }
 
@@ -199,6 +215,12 @@ pub struct ChatArgs {
     /// System prompt
     #[arg(long, value_name = "TEXT")]
     pub system: Option<String>,
+
+    #[command(flatten)]
+    pub watch: WatchArgs,
+
+    #[command(flatten)]
+    pub edits: EditArgs,
 
     #[command(flatten)]
     pub sampling: SamplingArgs,
@@ -275,6 +297,11 @@ pub struct CompileArgs {
     /// Refer to the checkpoint's files instead of copying weights that need no repacking
     #[arg(long)]
     pub reference_weights: bool,
+
+    /// What can be watched: routing, scores, latents, hidden, attention, logits, lens, mtp, each also for one layer as in
+    /// latents:3; all, or none. Generation itself does not become slower
+    #[arg(long, value_name = "GROUPS", default_value = "all", value_parser = taps)]
+    pub taps: TapChoice,
 
     /// Make plan and kernels without weights (to read and explain, not to run)
     #[arg(long)]

@@ -4,11 +4,12 @@ use std::io::{BufRead, IsTerminal};
 
 use anyhow::Context;
 use moewe::text::{ChatOptions, Message, Text};
-use moewe_plan::ProgramKind;
+use moewe::watch;
 use moewe_runtime::{GenerateOptions, SequenceId, Session, continue_sequence};
 
 use super::args::ChatArgs;
 use super::generate::{Printer, options, summary};
+use super::watched::Runner;
 use super::{interrupt, model, output, usage};
 
 /// A conversation: its messages, and the sequence that holds them as far as the model has read them.
@@ -28,8 +29,7 @@ pub fn run(args: &ChatArgs) -> anyhow::Result<()> {
         ));
     };
     let options = options(&args.sampling, &args.model, &opened)?;
-    let model = opened.load(&[ProgramKind::Forward])?;
-    let mut session = model::session(&model, &args.model, &[ProgramKind::Forward])?;
+    let (_, mut runner) = Runner::new(&opened, &args.model, &args.watch, &args.edits, &[])?;
     let system = || args.system.iter().map(Message::system).collect();
     let mut conversation = Conversation { text, messages: system(), sequence: None };
     let is_terminal = std::io::stdin().is_terminal();
@@ -44,13 +44,13 @@ pub fn run(args: &ChatArgs) -> anyhow::Result<()> {
             "" => continue,
             "/quit" | "/exit" => break,
             "/clear" => {
-                conversation.forget(&mut session)?;
+                conversation.forget(&mut runner.session)?;
                 conversation.messages = system();
                 continue;
             }
             message => conversation.messages.push(Message::user(message)),
         }
-        let answered = conversation.answer(&mut session, &options, is_terminal);
+        let answered = conversation.answer(&mut runner, &options, is_terminal);
         if !interrupt::is_set() {
             answered?;
         } else if is_terminal {
@@ -59,16 +59,27 @@ pub fn run(args: &ChatArgs) -> anyhow::Result<()> {
             break;
         }
     }
-    Ok(())
+    runner.finish()
 }
 
 impl Conversation<'_> {
-    /// Answers the last message. The model reads only what it has not read in earlier turns.
-    fn answer(&mut self, session: &mut Session, options: &GenerateOptions, is_terminal: bool) -> anyhow::Result<()> {
+    /// Answers the last message. The model reads only what it has not read in earlier turns, unless the conversation is
+    /// recorded: then each turn is a text of its own, with all that is before it.
+    fn answer(&mut self, runner: &mut Runner, options: &GenerateOptions, is_terminal: bool) -> anyhow::Result<()> {
         let ids = self.text.encode_chat(&self.messages, &ChatOptions::default())?;
-        let sequence = self.read(session, &ids, options)?;
         let mut printer = Printer::new(Some(self.text), false);
-        let generated = continue_sequence(session, sequence, options, |token| printer.push(token))?;
+        let generated = if runner.is_recording() {
+            let asked = self
+                .messages
+                .last()
+                .and_then(|message| message.content.as_deref())
+                .map(watch::title)
+                .unwrap_or_default();
+            runner.generate(asked, &ids, options, |token| printer.push(token))?
+        } else {
+            let sequence = self.read(&mut runner.session, &ids, options)?;
+            continue_sequence(&mut runner.session, sequence, options, |token| printer.push(token))?
+        };
         let answer = printer.finish()?;
         output::write("\n")?;
         if is_terminal {

@@ -36,6 +36,7 @@ pub fn run(args: &CompileArgs) -> anyhow::Result<()> {
         weights,
         reference: args.reference_weights,
         plan_only: args.plan_only,
+        taps: args.taps.clone(),
     };
     let checkpoint = Checkpoint::open(&args.checkpoint)?;
     let bars = Bars::default();

@@ -42,10 +42,11 @@ pub fn run(args: &ExplainArgs) -> anyhow::Result<()> {
     for program in &programs {
         let marker = if chosen.is_some_and(|chosen| std::ptr::eq(*chosen, *program)) { "  (shown above)" } else { "" };
         out += &format!(
-            "  {:<9} up to {:>3} tokens: {} dispatches{marker}\n",
+            "  {:<9} up to {:>3} tokens: {} dispatches{}{marker}\n",
             kind_name(program.kind),
             program.max_tokens,
-            program.steps.len()
+            always(program),
+            for_taps(program)
         );
     }
     Ok(output::write(&out)?)
@@ -54,8 +55,22 @@ pub fn run(args: &ExplainArgs) -> anyhow::Result<()> {
 fn kind_name(kind: ProgramKind) -> String {
     match kind {
         ProgramKind::Forward => "forward".into(),
+        ProgramKind::Watch => "watch".into(),
         ProgramKind::Trace => "trace".into(),
         ProgramKind::Draft { module } => format!("draft {module}"),
+    }
+}
+
+/// Dispatches that do not depend on what is watched.
+fn always(program: &Program) -> usize {
+    program.steps.iter().filter(|step| step.only_for.is_empty()).count()
+}
+
+/// What taps add to them, in words.
+fn for_taps(program: &Program) -> String {
+    match program.steps.len() - always(program) {
+        0 => String::new(),
+        more => format!(", up to {more} more for taps"),
     }
 }
 

@@ -15,6 +15,8 @@ mod progress;
 mod run;
 mod synth;
 mod trace;
+mod view;
+mod watched;
 
 use std::process::ExitCode;
 
@@ -42,6 +44,7 @@ pub fn run() -> ExitCode {
     let result = match cli.command {
         Command::Run(args) => run::run(&args),
         Command::Chat(args) => chat::run(&args),
+        Command::View(args) => view::run(&args),
         Command::Trace(args) => trace::run(&args),
         Command::Compile(args) => compile::run(&args),
         Command::Inspect(args) => inspect::run(&args),
@@ -101,4 +104,5 @@ fn is_usage(error: &anyhow::Error) -> bool {
     error.is::<Usage>()
         || matches!(error.downcast_ref(), Some(Compiler::Argument { .. } | Compiler::Target { .. }))
         || matches!(error.downcast_ref(), Some(Runtime::NoSuchDevice { .. }))
+        || error.is::<moewe_plan::EditError>()
 }

@@ -8,8 +8,8 @@ use moewe::text::{GenerationDefaults, Text};
 use moewe_compiler::checkpoint::Checkpoint;
 use moewe_compiler::compile::{self, Options};
 use moewe_compiler::profile::Profile;
-use moewe_plan::{Bundle, Plan, ProgramKind};
-use moewe_runtime::{AdapterInfo, DeviceType, Gpu, Model, Progress, Selector, Session, SessionOptions};
+use moewe_plan::{Bundle, Plan, ProgramKind, TapChoice};
+use moewe_runtime::{AdapterInfo, DeviceType, Gpu, Model, Progress, Selector, Session, SessionOptions, Watch};
 
 use super::args::{DeviceArgs, ModelArgs};
 use super::progress::Bars;
@@ -115,6 +115,11 @@ impl Opened {
         &self.bundle.plan
     }
 
+    /// The bundle.
+    pub fn bundle(&self) -> &Bundle {
+        &self.bundle
+    }
+
     /// Loads the weights that programs of these kinds need.
     pub fn load(&self, kinds: &[ProgramKind]) -> anyhow::Result<Arc<Model>> {
         let bars = Bars::default();
@@ -126,8 +131,13 @@ impl Opened {
     }
 }
 
-/// A session for programs of these kinds, with a progress bar for its pipelines.
-pub fn session(model: &Arc<Model>, args: &ModelArgs, kinds: &[ProgramKind]) -> anyhow::Result<Session> {
+/// A session for programs of these kinds, with a progress bar for its pipelines; watched if `taps` are given.
+pub fn session(
+    model: &Arc<Model>,
+    args: &ModelArgs,
+    kinds: &[ProgramKind],
+    taps: Option<TapChoice>,
+) -> anyhow::Result<Session> {
     let bars = Bars::default();
     let precision = args.precision.into();
     model.prepare(kinds, precision, &|progress| {
@@ -135,7 +145,8 @@ pub fn session(model: &Arc<Model>, args: &ModelArgs, kinds: &[ProgramKind]) -> a
             bars.set("making pipelines", done, total, false);
         }
     })?;
-    let options = SessionOptions { precision, kinds: kinds.to_vec(), ..SessionOptions::default() };
+    let watch = taps.map(|taps| Watch { taps, ..Watch::default() });
+    let options = SessionOptions { precision, kinds: kinds.to_vec(), watch, ..SessionOptions::default() };
     Ok(Session::new(model.clone(), options)?)
 }
 
@@ -153,7 +164,7 @@ fn compiled(path: &Path, args: &ModelArgs, gpu: &Gpu) -> anyhow::Result<Bundle> 
         return Ok(bundle);
     }
     let bars = Bars::default();
-    let options = Options { profile, weights: None, reference: true, plan_only: false };
+    let options = Options { profile, weights: None, reference: true, plan_only: false, taps: TapChoice::all() };
     let progress = |done, total| bars.set("compiling", done, total, true);
     compile::compile_until(&checkpoint, &options, &dir, &progress, interrupt::flag())?;
     drop(bars);

@@ -7,12 +7,14 @@ use anyhow::Context;
 use moewe::heatmap;
 use moewe::text::Text;
 use moewe::trace::{self, Numbers};
+use moewe::watch;
 use moewe_plan::ProgramKind;
-use moewe_runtime::{Session, generate};
+use moewe_runtime::Session;
 use serde_json::json;
 
 use super::args::RunArgs;
 use super::generate::{Printer, as_json, options, summary};
+use super::watched::Runner;
 use super::{interrupt, model, output, usage};
 
 /// Bytes of a prompt from standard input.
@@ -36,11 +38,15 @@ pub fn run(args: &RunArgs) -> anyhow::Result<()> {
     if args.heatmap && info.moe_layers.is_empty() {
         return usage("--heatmap: the model has no mixture-of-experts layer");
     }
+    if args.heatmap && !args.edits.edits().is_empty() {
+        return usage(
+            "--heatmap shows the routing of the unchanged model; --record FILE and `moewe view FILE` show the changed one's",
+        );
+    }
     let encoded: Vec<Vec<u32>> = prompts.iter().map(|prompt| encode(prompt, text, args)).collect::<Result<_, _>>()?;
     // Routing is read from a trace of the finished text.
-    let kinds = [ProgramKind::Forward, ProgramKind::Trace];
-    let model = opened.load(if args.heatmap { &kinds } else { &kinds[..1] })?;
-    let mut session = model::session(&model, &args.model, &[ProgramKind::Forward])?;
+    let others: &[ProgramKind] = if args.heatmap { &[ProgramKind::Trace] } else { &[] };
+    let (model, mut runner) = Runner::new(&opened, &args.model, &args.watch, &args.edits, others)?;
     let load_seconds = started.elapsed().as_secs_f64();
 
     let mut results = Vec::new();
@@ -53,7 +59,7 @@ pub fn run(args: &RunArgs) -> anyhow::Result<()> {
             }
             output::write(&output::dim(prompt.text.as_deref().unwrap_or_default()))?;
         }
-        let generated = generate(&mut session, ids, &options, |token| printer.push(token));
+        let generated = runner.generate(title(prompt), ids, &options, |token| printer.push(token));
         if generated.is_err() && !args.json {
             output::write("\n")?; // errors stand on a line of their own
         }
@@ -83,6 +89,7 @@ pub fn run(args: &RunArgs) -> anyhow::Result<()> {
             break;
         }
     }
+    runner.finish()?;
     if args.json {
         return match <[_; 1]>::try_from(results) {
             Ok([one]) if args.prompts.is_empty() => output::json(&one),
@@ -91,7 +98,7 @@ pub fn run(args: &RunArgs) -> anyhow::Result<()> {
         };
     }
     if args.heatmap && !interrupt::is_set() {
-        let mut tracing = model::session(&model, &args.model, &[ProgramKind::Trace])?;
+        let mut tracing = model::session(&model, &args.model, &[ProgramKind::Trace], None)?;
         let counts: Vec<_> = finished.iter().map(|ids| expert_counts(&mut tracing, ids)).collect::<Result<_, _>>()?;
         let labels: Vec<String> = prompts
             .iter()
@@ -137,6 +144,15 @@ fn prompts(args: &RunArgs) -> anyhow::Result<Vec<Prompt>> {
         }
     };
     Ok(vec![Prompt { name: None, text: Some(text), tokens: None }])
+}
+
+/// What a recording calls a prompt.
+fn title(prompt: &Prompt) -> String {
+    match (&prompt.name, &prompt.text) {
+        (Some(name), _) => name.clone(),
+        (None, Some(text)) => watch::title(text),
+        (None, None) => "tokens".into(),
+    }
 }
 
 fn encode(prompt: &Prompt, text: Option<&Text>, args: &RunArgs) -> anyhow::Result<Vec<u32>> {

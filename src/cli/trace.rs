@@ -57,7 +57,7 @@ pub fn run(args: &TraceArgs) -> anyhow::Result<()> {
     let output = Output::new(out)?;
     let kinds = trace::kinds(plan.model.mtp_modules);
     let model = opened.load(&kinds)?;
-    let mut session = model::session(&model, &args.model, &kinds)?;
+    let mut session = model::session(&model, &args.model, &kinds, None)?;
     let chunk = args.model.prefill_chunk.map(|chunk| chunk as usize);
     let tensors = trace::trace(&mut session, &tokens, chunk, &wanted)?;
     output.write(&tensors)?;

@@ -10,7 +10,7 @@ use moewe_compiler::compile::{Options, compile};
 use moewe_compiler::profile::Profile;
 use moewe_oracle::safetensors::{self, Dtype};
 use moewe_oracle::{Data, Tensor};
-use moewe_plan::{Bundle, Precision, ProgramKind};
+use moewe_plan::{Bundle, Precision, ProgramKind, TapChoice};
 use moewe_runtime::{GenerateOptions, Gpu, Model, Selector, Session, SessionOptions, generate};
 
 /// Spec §9: relative L2 of each tensor. Expert ids and greedy tokens must be identical.
@@ -68,7 +68,7 @@ pub fn gpu() -> Arc<Gpu> {
 
 /// Weights as they are, copied.
 pub fn options(profile: Profile) -> Options {
-    Options { profile, weights: None, reference: false, plan_only: false }
+    Options { profile, weights: None, reference: false, plan_only: false, taps: TapChoice::all() }
 }
 
 pub fn profile(name: &str) -> Profile {

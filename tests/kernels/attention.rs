@@ -7,7 +7,7 @@ use moewe_plan::WeightFormat;
 use moewe_shaders::{Latent, Variant};
 
 use super::data::{FORMATS, Matrix, Rng, assert_agrees, compare, f64s, magnitudes};
-use super::harness::{Call, UNTOUCHED, ways};
+use super::harness::{Call, Outputs, UNTOUCHED, bits, ways};
 
 const PAGE: usize = 64;
 const EPS: f64 = 1e-6;
@@ -190,13 +190,25 @@ fn values_are_expanded() {
                 .int("LANES", lanes)
                 .int("TILE", tile);
             let x = rng.numbers(t * heads * latent);
-            let mut y = vec![UNTOUCHED; t * heads * value];
-            for &part in &case.parts {
-                let call = case.call(&variant, part).batch(t, 1).floats("x", &x).words("y", &y);
-                let rows = (part.1 * value).div_ceil(workgroup / lanes);
-                y = call.run([rows, t.div_ceil(tile), 1]).words("y").to_vec();
-            }
-            let got: Vec<f32> = y.into_iter().map(f32::from_bits).collect();
+            // Plain, or with a factor for each head.
+            let run = |scale: Option<&[f32]>| -> Vec<f32> {
+                let variant = variant.clone().flag("edit", scale.is_some());
+                let mut y = vec![UNTOUCHED; t * heads * value];
+                for &part in &case.parts {
+                    let mut call = case.call(&variant, part).batch(t, 1).floats("x", &x).words("y", &y);
+                    if let Some(scale) = scale {
+                        call = call.floats("head_scale", scale);
+                    }
+                    let rows = (part.1 * value).div_ceil(workgroup / lanes);
+                    y = call.run([rows, t.div_ceil(tile), 1]).words("y").to_vec();
+                }
+                y.into_iter().map(f32::from_bits).collect()
+            };
+            let got = run(None);
+            assert_eq!(bits(&run(Some(&vec![1.0; heads]))), bits(&got), "factors of 1 change nothing");
+            let scale: Vec<f32> = (0..heads).map(|h| [0.0, -2.0, 1.0, 0.5][h % 4]).collect();
+            let scaled: Vec<f32> = (0..).zip(&got).map(|(i, plain)| plain * scale[i / value % heads]).collect();
+            assert_eq!(run(Some(&scale)), scaled, "{heads} heads");
             let kv_b = case.kv_b.numbers();
             let want = ops::expand_values(&case.dims, &kv_b, &f64s(&x));
             let size = ops::expand_values(&case.dims, &magnitudes(&kv_b), &magnitudes(&f64s(&x)));
@@ -299,17 +311,41 @@ fn latents_are_normalised_rotated_and_written_to_their_places() {
                     .int("MAX_PAGES", max_pages)
                     .int("WG", 64)
                     .float("EPS", EPS);
-                let mut call = Call::new(&variant)
-                    .floats("kv", &kv)
-                    .floats("norm", &norm)
-                    .floats("angles", &angles(&rope, CONTEXT))
-                    .words("tokens", &tokens(&places))
-                    .words("pages", &cache.table)
-                    .words("cache", &cache.words);
-                if tapped {
-                    call = call.output("rows", places.len() * numbers);
+                // Plain, or with a factor for each number of the latent.
+                let run = |scale: Option<&[f32]>| {
+                    let mut call = Call::new(&variant.clone().flag("edit", scale.is_some()))
+                        .floats("kv", &kv)
+                        .floats("norm", &norm)
+                        .floats("angles", &angles(&rope, CONTEXT))
+                        .words("tokens", &tokens(&places))
+                        .words("pages", &cache.table)
+                        .words("cache", &cache.words);
+                    if tapped {
+                        call = call.output("rows", places.len() * numbers);
+                    }
+                    if let Some(scale) = scale {
+                        call = call.floats("latent_scale", scale);
+                    }
+                    call.run([places.len(), 1, 1])
+                };
+                let outputs = run(None);
+                assert_eq!(run(Some(&vec![1.0; rank])).words("cache"), outputs.words("cache"), "factors of 1");
+                let scale: Vec<f32> = (0..rank).map(|i| [0.0, -2.0, 1.0, 0.5][i % 4]).collect();
+                let scaled = run(Some(&scale));
+                for &(sequence, position) in &places {
+                    let (at, length) = (cache.at(sequence, position), latent.words(numbers as u64) as usize);
+                    let row = |outputs: &Outputs| read(latent, &outputs.words("cache")[at..][..length], numbers);
+                    for (i, (scaled, plain)) in row(&scaled).into_iter().zip(row(&outputs)).enumerate() {
+                        // Powers of two, but a half may be below what f16 holds exactly.
+                        let expected = plain * scale.get(i).copied().unwrap_or(1.0);
+                        assert!((scaled - expected).abs() <= 6e-8, "number {i}: {scaled} instead of {expected}");
+                    }
                 }
-                let outputs = call.run([places.len(), 1, 1]);
+                if tapped {
+                    let factor = |i: usize| scale.get(i % numbers).copied().unwrap_or(1.0);
+                    let plain = outputs.floats("rows").into_iter().enumerate();
+                    assert_eq!(scaled.floats("rows"), plain.map(|(i, plain)| plain * factor(i)).collect::<Vec<_>>());
+                }
 
                 let (c, mut k) = ops::split_rows(&f64s(&kv), numbers, rank);
                 let c = ops::rms_norm(&c, &f64s(&norm), EPS);

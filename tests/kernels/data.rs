@@ -19,7 +19,7 @@ const fn tolerance(kernel: &'static str, bound: f64, reason: &'static str) -> To
 }
 
 /// An f32 operation is off by at most 6e-8.
-pub const TOLERANCES: [Tolerance; 14] = [
+pub const TOLERANCES: [Tolerance; 15] = [
     tolerance("absorb_output", 1e-6, "sums of up to 520 products, in four or more partial sums"),
     tolerance("absorb_query", 1e-6, "sums of up to 128 products, one after the other; angles from two f32 factors"),
     tolerance("advance", 0.0, "integers"),
@@ -34,6 +34,7 @@ pub const TOLERANCES: [Tolerance; 14] = [
     tolerance("rms_norm", 1e-6, "a sum in at least 64 parts, a root and two products"),
     tolerance("router", 2e-6, "an exponential and a sum over all or the chosen experts"),
     tolerance("sample", 0.0, "integers; distributions are tested by their statistics"),
+    tolerance("top_tokens", 2e-6, "exponentials of differences, a sum over the vocabulary and its logarithm"),
 ];
 
 /// A number so small that a device may flush it to zero, times what it may be multiplied with.

@@ -10,10 +10,25 @@ use serde_json::Value;
 use super::data::{Rng, assert_agrees, compare, f64s};
 use super::harness::Call;
 
-fn run(params: &RouterParams, logits: &[f32], experts: usize, bias: Option<&[f32]>) -> (Vec<Vec<usize>>, Vec<f32>) {
+/// Ids of each token, and the weights.
+type Routes = (Vec<Vec<usize>>, Vec<f32>);
+
+pub fn run(params: &RouterParams, logits: &[f32], experts: usize, bias: Option<&[f32]>) -> Routes {
+    run_edited(params, logits, experts, bias, None)
+}
+
+/// With flag `edit` if there are offsets and scales.
+pub fn run_edited(
+    params: &RouterParams,
+    logits: &[f32],
+    experts: usize,
+    bias: Option<&[f32]>,
+    edit: Option<(&[f32], &[f32])>,
+) -> Routes {
     let (groups, t, k) = (params.limits_groups(), logits.len() / experts, params.top_k);
     let mut variant = Variant::new("router")
         .flag("bias", bias.is_some())
+        .flag("edit", edit.is_some())
         .flag("groups", groups)
         .flag("normalise", params.norm_topk_prob && params.scoring == Scoring::Sigmoid)
         .flag("softmax", params.scoring == Scoring::Softmax)
@@ -29,6 +44,9 @@ fn run(params: &RouterParams, logits: &[f32], experts: usize, bias: Option<&[f32
     let mut call = Call::new(&variant).floats("logits", logits);
     if let Some(bias) = bias {
         call = call.floats("bias", bias);
+    }
+    if let Some((offset, scale)) = edit {
+        call = call.floats("expert_offset", offset).floats("expert_scale", scale);
     }
     let outputs = call.output("ids", t * k).output("weights", t * k).run([t, 1, 1]);
     let ids = outputs.words("ids").chunks(k).map(|ids| ids.iter().map(|&id| id as usize).collect()).collect();
@@ -70,7 +88,7 @@ fn check(what: &str, params: &RouterParams, logits: &[f32], experts: usize, bias
     close
 }
 
-fn params(scoring: Scoring, groups: usize, topk_group: usize, top_k: usize) -> RouterParams {
+pub fn params(scoring: Scoring, groups: usize, topk_group: usize, top_k: usize) -> RouterParams {
     let method = match (scoring, groups) {
         (Scoring::Sigmoid, _) => TopkMethod::NoauxTc,
         (Scoring::Softmax, 1) => TopkMethod::Greedy,

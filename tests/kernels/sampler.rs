@@ -320,7 +320,7 @@ fn sampled_tokens_become_the_next_batch() {
     for (count, finished) in [(1, 0), (2, 1), (7, 31), (63, 32), (64, 33), (64, 95), (5, u32::MAX)] {
         // More tokens than rows, the wanted ones in random order.
         let t = 100;
-        let tokens: Vec<u32> = (0..t).flat_map(|i| [500 + i, 3 * i, i % 7, 0]).collect();
+        let tokens: Vec<u32> = (0..t).flat_map(|i| [500 + i, 3 * i, i % 7, i % 3]).collect();
         let rows: Vec<u32> = rng.permutation(t as usize)[..count].iter().map(|&row| row as u32).collect();
         let sampled: Vec<u32> = (0..count).map(|row| 9000 + row as u32).collect();
         let mut ring = vec![UNTOUCHED; 1 + steps * MAX_ROWS];

@@ -1,8 +1,10 @@
 //! DeepSeek-V2, V3, R1 and Kimi-K2: the decoder as a graph, with the names of their checkpoints (spec §§1, 3, 5, 6, 7).
 
+use moewe_plan::{TapChoice, TapGroup};
+
 use crate::{
     config::{Config, Scoring, TopkMethod},
-    graph::{Graph, Mla, Norm, Op, RouterRule, Value, WeightId},
+    graph::{Asked, Graph, Mla, Norm, Op, RouterRule, Value, WeightId},
 };
 
 use super::{Builder, Target};
@@ -11,13 +13,14 @@ use super::{Builder, Target};
 const LATENT_EPS: f64 = 1e-6;
 
 const EMBEDDING: &str = "model.embed_tokens.weight";
+const FINAL_NORM: &str = "model.norm.weight";
 const HEAD: &str = "lm_head.weight";
 
-pub(super) fn build(config: &Config, target: Target, in_checkpoint: &dyn Fn(&str) -> bool) -> Graph {
-    let taps = target != Target::Forward;
-    let mut decoder = Decoder { config, builder: Builder::default(), taps };
+pub(super) fn build(config: &Config, target: Target, taps: &TapChoice, in_checkpoint: &dyn Fn(&str) -> bool) -> Graph {
+    let mut decoder = Decoder { config, builder: Builder::default(), target, taps };
     match target {
         Target::Forward => decoder.forward(),
+        Target::Watch => decoder.watch(),
         Target::Trace => decoder.trace(),
         Target::Draft { module } => decoder.draft(module, in_checkpoint),
     }
@@ -27,7 +30,8 @@ pub(super) fn build(config: &Config, target: Target, in_checkpoint: &dyn Fn(&str
 struct Decoder<'a> {
     config: &'a Config,
     builder: Builder,
-    taps: bool,
+    target: Target,
+    taps: &'a TapChoice,
 }
 
 /// Names of the tensors and labels of the nodes of a gated feed-forward network.
@@ -43,24 +47,29 @@ impl Decoder<'_> {
     // ---- programs ----
 
     fn forward(&mut self) {
-        let hidden = self.layers();
-        let rows = self.builder.push(Op::GatherRows, &[hidden], "wanted_rows");
-        let normed = self.norm(rows, "model.norm.weight", self.config.rms_norm_eps, "final_norm");
-        let logits = self.linear(normed, self.main_head(), self.config.vocab_size, false, "head");
-        let token = self.builder.push(Op::Sample, &[logits], "sample");
+        let states = self.layers();
+        let (_, token) = self.sample(states[states.len() - 1]);
+        self.builder.push(Op::Advance, &[token], "advance");
+    }
+
+    fn watch(&mut self) {
+        self.builder.graph.parameters = true;
+        self.builder.optional = true;
+        let states = self.layers();
+        let last = states[states.len() - 1];
+        let (logits, token) = self.sample(last);
+        self.keep_hidden(last);
+        self.predictions(&states[1..], logits, token);
+        // The sampled tokens are the next batch from here on.
         self.builder.push(Op::Advance, &[token], "advance");
     }
 
     fn trace(&mut self) {
-        let hidden = self.layers();
-        let normed = self.norm(hidden, "model.norm.weight", self.config.rms_norm_eps, "final_norm");
-        self.builder.tap("final_norm", normed);
-        if self.config.num_nextn_predict_layers > 0 {
-            self.builder.push(Op::WriteState("hidden".into()), &[normed], "keep_hidden");
-        }
+        let states = self.layers();
+        let normed = self.keep_hidden(states[states.len() - 1]);
         let rows = self.builder.push(Op::GatherRows, &[normed], "wanted_rows");
         let logits = self.linear(rows, self.main_head(), self.config.vocab_size, false, "head");
-        self.builder.tap("logits", logits);
+        self.tap(TapGroup::Logits, "logits", logits);
     }
 
     fn draft(&mut self, module: usize, in_checkpoint: &dyn Fn(&str) -> bool) {
@@ -86,27 +95,93 @@ impl Decoder<'_> {
 
         self.builder.layer = Some(layer);
         let hidden = self.norm(y, &format!("{prefix}.shared_head.norm.weight"), eps, "shared_head_norm");
-        self.builder.tap(format!("mtp.{module}.hidden"), hidden);
+        self.tap(TapGroup::Hidden, format!("mtp.{module}.hidden"), hidden);
         if module < modules {
             self.builder.push(Op::WriteState(format!("hidden.{module}")), &[hidden], "keep_hidden");
         }
         let rows = self.builder.push(Op::GatherRows, &[hidden], "wanted_rows");
         let head = own("shared_head.head.weight", self.main_head());
         let logits = self.linear(rows, &head, self.config.vocab_size, false, "head");
-        self.builder.tap(format!("mtp.{module}.logits"), logits);
+        self.tap(TapGroup::Logits, format!("mtp.{module}.logits"), logits);
+        if self.taps.wants(TapGroup::Mtp, Some(layer as u32)) {
+            self.builder.optional = true;
+            let ids = self.builder.push(Op::TopTokens(Asked::Nothing), &[logits], "top");
+            self.builder.tap(TapGroup::Mtp, format!("mtp.{module}.ids"), ids);
+            self.builder.tap(TapGroup::Mtp, format!("mtp.{module}.probs"), Value { output: 1, ..ids });
+        }
     }
 
     // ---- parts ----
 
-    /// The embedding and all layers of the main model.
-    fn layers(&mut self) -> Value {
+    /// Hidden states of the main model: the embedding, then behind each layer.
+    fn layers(&mut self) -> Vec<Value> {
         let mut hidden = self.embed(EMBEDDING);
-        self.tap("hidden.0".into(), hidden);
+        self.tap(TapGroup::Hidden, "hidden.0", hidden);
+        let mut states = vec![hidden];
         for layer in 0..self.config.num_hidden_layers {
             hidden = self.layer(layer, hidden);
-            self.tap(format!("hidden.{}", layer + 1), hidden);
+            self.tap(TapGroup::Hidden, format!("hidden.{}", layer + 1), hidden);
+            states.push(hidden);
         }
-        hidden
+        self.builder.layer = None;
+        states
+    }
+
+    /// For each wanted row the logits from its last hidden state, and the token that is sampled from them.
+    fn sample(&mut self, hidden: Value) -> (Value, Value) {
+        let rows = self.builder.push(Op::GatherRows, &[hidden], "wanted_rows");
+        let normed = self.norm(rows, FINAL_NORM, self.config.rms_norm_eps, "final_norm");
+        let logits = self.linear(normed, self.main_head(), self.config.vocab_size, false, "head");
+        (logits, self.builder.push(Op::Sample, &[logits], "sample"))
+    }
+
+    /// The final norm of the last hidden state of every token, kept for modules of multi-token prediction if there are
+    /// any.
+    fn keep_hidden(&mut self, hidden: Value) -> Value {
+        let normed = self.norm(hidden, FINAL_NORM, self.config.rms_norm_eps, "final_norm");
+        self.tap(TapGroup::Hidden, "final_norm", normed);
+        if self.config.num_nextn_predict_layers > 0 {
+            self.builder.push(Op::WriteState("hidden".into()), &[normed], "keep_hidden");
+        }
+        normed
+    }
+
+    /// What the model predicts behind every token, and what it would from each layer's hidden state. `logits` and
+    /// `sampled` are those of the wanted rows.
+    fn predictions(&mut self, states: &[Value], logits: Value, sampled: Value) {
+        let layers: Vec<usize> = (0..states.len()).filter(|&layer| self.wants(TapGroup::Lens, Some(layer))).collect();
+        let logits_wanted = self.wants(TapGroup::Logits, None);
+        let Some(last) = states.len().checked_sub(1).filter(|_| logits_wanted || !layers.is_empty()) else { return };
+        if logits_wanted {
+            // Enough where every token is a wanted row: the head has run already.
+            let top = self.builder.push(Op::TopTokens(Asked::Next), &[logits, sampled], "row_top_tokens");
+            self.tap_top(TapGroup::Logits, "logits", top);
+        }
+        let final_logits = self.logits(states[last], "top");
+        let top = self.builder.push(Op::TopTokens(Asked::Next), &[final_logits, sampled], "top_tokens");
+        if logits_wanted {
+            self.tap_top(TapGroup::Logits, "logits", top);
+        }
+        // The last layer comes first, so that no two of these logits, which are large, are needed at once.
+        for layer in layers.into_iter().rev() {
+            self.builder.layer = Some(layer);
+            let logits = if layer == last { final_logits } else { self.logits(states[layer], "lens") };
+            let seen = self.builder.push(Op::TopTokens(Asked::Given), &[logits, top], "lens_tokens");
+            self.tap_top(TapGroup::Lens, &format!("lens.{layer}"), seen);
+        }
+        self.builder.layer = None;
+    }
+
+    /// Logits of every token from a hidden state of the main model.
+    fn logits(&mut self, hidden: Value, label: &str) -> Value {
+        let normed = self.norm(hidden, FINAL_NORM, self.config.rms_norm_eps, &format!("{label}_norm"));
+        self.linear(normed, self.main_head(), self.config.vocab_size, false, &format!("{label}_head"))
+    }
+
+    fn tap_top(&mut self, group: TapGroup, name: &str, top: Value) {
+        for (output, part) in ["ids", "probs", "stats"].into_iter().enumerate() {
+            self.builder.tap(group, format!("{name}.{part}"), Value { output, ..top });
+        }
     }
 
     fn layer(&mut self, layer: usize, h: Value) -> Value {
@@ -116,9 +191,7 @@ impl Decoder<'_> {
         let attended = self.attention(layer, x);
         let a = self.builder.push(Op::Add, &[h, attended], "attention_sum");
         let x = self.norm(a, &format!("{prefix}.post_attention_layernorm.weight"), eps, "ffn_norm");
-        let out = if self.config.is_moe(layer) { self.mixture(layer, a, x) } else { self.dense(layer, a, x) };
-        self.builder.layer = None;
-        out
+        if self.config.is_moe(layer) { self.mixture(layer, a, x) } else { self.dense(layer, a, x) }
     }
 
     fn attention(&mut self, layer: usize, x: Value) -> Value {
@@ -150,13 +223,14 @@ impl Decoder<'_> {
         let key = self.builder.push(Op::Slice { start: rank, len: rope }, &[kv], "kv_key");
         let key = self.builder.push(Op::Rope { heads: 1, head_dim: rope, rope }, &[key], "k_rope");
         let cache = self.builder.push(Op::CacheWrite { layer }, &[latent, key], "cache");
-        if self.taps {
-            self.builder.tap_columns(format!("mla.{layer}.c_kv"), cache, 0, rank);
-            self.builder.tap_columns(format!("mla.{layer}.k_rope"), cache, rank, rope);
+        if self.wants(TapGroup::Latents, Some(layer)) {
+            self.builder.tap_columns(TapGroup::Latents, format!("mla.{layer}.c_kv"), cache, 0, rank);
+            self.builder.tap_columns(TapGroup::Latents, format!("mla.{layer}.k_rope"), cache, rank, rope);
         }
 
         let kv_b = self.builder.graph.weight(name("kv_b_proj"), None, &[heads * (nope + v), rank]);
         let out = self.builder.push(Op::Attention { layer, kv_b, mla }, &[query, cache], "attention");
+        self.tap(TapGroup::Attention, format!("mla.{layer}.query"), Value { output: 1, ..out });
         self.linear(out, &name("o_proj"), config.hidden_size, biased, "o")
     }
 
@@ -218,9 +292,9 @@ impl Decoder<'_> {
         }
         let ids = self.builder.push(Op::TopK { k: rule.top_k }, &[selection], "router_ids");
         let weights = self.builder.push(Op::RouterWeights(rule), &[scores, ids], "router_weights");
-        self.tap(format!("moe.{layer}.router_logits"), logits);
-        self.tap(format!("moe.{layer}.ids"), ids);
-        self.tap(format!("moe.{layer}.weights"), weights);
+        self.tap(TapGroup::Scores, format!("moe.{layer}.router_logits"), logits);
+        self.tap(TapGroup::Routing, format!("moe.{layer}.ids"), ids);
+        self.tap(TapGroup::Routing, format!("moe.{layer}.weights"), weights);
         (ids, weights)
     }
 
@@ -268,9 +342,20 @@ impl Decoder<'_> {
         if self.config.tie_word_embeddings { EMBEDDING } else { HEAD }
     }
 
-    fn tap(&mut self, name: String, value: Value) {
-        if self.taps {
-            self.builder.tap(name, value);
+    /// Whether the program has the taps of a group at a layer.
+    fn wants(&self, group: TapGroup, layer: Option<usize>) -> bool {
+        match self.target {
+            Target::Forward => false,
+            Target::Watch => self.taps.wants(group, layer.map(|layer| layer as u32)),
+            // The tensors of spec §10.
+            Target::Trace | Target::Draft { .. } => !matches!(group, TapGroup::Attention | TapGroup::Lens),
+        }
+    }
+
+    /// Makes a tensor readable if its group is wanted where it stands.
+    fn tap(&mut self, group: TapGroup, name: impl Into<String>, value: Value) {
+        if self.wants(group, self.builder.layer) {
+            self.builder.tap(group, name, value);
         }
     }
 }

@@ -2,6 +2,8 @@
 
 mod deepseek;
 
+use moewe_plan::{TapChoice, TapGroup};
+
 use crate::{
     config::Config,
     graph::{Graph, Node, Op, Tap, Value},
@@ -13,10 +15,13 @@ use crate::{
 pub enum Target {
     /// Generates: from tokens to sampled tokens.
     Forward,
+    /// Generates exactly as [`Target::Forward`] does, and shows on the way what was chosen ([`TapChoice`]); reads the
+    /// plan's parameters. For modules of multi-token prediction it leaves what [`Target::Trace`] leaves.
+    Watch,
     /// Shows everything on the way: logits of wanted rows and a tap for each tensor of spec §10.
     Trace,
-    /// A module of multi-token prediction: from the hidden state that [`Target::Trace`] or the module before it left
-    /// to logits and taps (spec §7).
+    /// A module of multi-token prediction: from the hidden state that [`Target::Trace`], [`Target::Watch`] or the module
+    /// before it left to logits and taps (spec §7).
     Draft {
         /// 1 … `num_nextn_predict_layers`.
         module: usize,
@@ -27,17 +32,18 @@ impl Target {
     /// The targets that a model has.
     pub fn all(config: &Config) -> Vec<Target> {
         let drafts = (1..=config.num_nextn_predict_layers).map(|module| Target::Draft { module });
-        [Target::Forward, Target::Trace].into_iter().chain(drafts).collect()
+        [Target::Forward, Target::Watch, Target::Trace].into_iter().chain(drafts).collect()
     }
 }
 
-/// The graph of a program, of plain operations alone. `in_checkpoint` says whether the checkpoint has a tensor: modules of
+/// The graph of a program, of plain operations alone. `taps` says what [`Target::Watch`] shows, and whether drafts show
+/// their likeliest tokens. `in_checkpoint` says whether the checkpoint has a tensor: modules of
 /// multi-token prediction may bring their own embedding and head.
 ///
 /// # Panics
 /// If the target names a module that the model does not have.
-pub fn build(config: &Config, target: Target, in_checkpoint: &dyn Fn(&str) -> bool) -> Graph {
-    deepseek::build(config, target, in_checkpoint)
+pub fn build(config: &Config, target: Target, taps: &TapChoice, in_checkpoint: &dyn Fn(&str) -> bool) -> Graph {
+    deepseek::build(config, target, taps, in_checkpoint)
 }
 
 /// A graph that grows node by node.
@@ -46,6 +52,8 @@ struct Builder {
     graph: Graph,
     /// Where following nodes stand.
     layer: Option<usize>,
+    /// Whether following taps are optional.
+    optional: bool,
 }
 
 impl Builder {
@@ -59,14 +67,15 @@ impl Builder {
         Value { node: self.graph.nodes.len() - 1, output: 0 }
     }
 
-    /// Makes a whole tensor readable under a name.
-    fn tap(&mut self, name: impl Into<String>, value: Value) {
+    /// Makes a whole tensor readable under a name. It belongs to the layer of following nodes.
+    fn tap(&mut self, group: TapGroup, name: impl Into<String>, value: Value) {
         let columns = self.graph.ty(value).row_len();
-        self.tap_columns(name, value, 0, columns);
+        self.tap_columns(group, name, value, 0, columns);
     }
 
     /// Makes some columns of a tensor readable under a name.
-    fn tap_columns(&mut self, name: impl Into<String>, value: Value, offset: usize, columns: usize) {
-        self.graph.taps.push(Tap { name: name.into(), value, offset, columns });
+    fn tap_columns(&mut self, group: TapGroup, name: impl Into<String>, value: Value, offset: usize, columns: usize) {
+        let (name, layer, optional) = (name.into(), self.layer, self.optional);
+        self.graph.taps.push(Tap { name, group, layer, optional, value, offset, columns });
     }
 }

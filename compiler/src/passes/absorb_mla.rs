@@ -4,8 +4,8 @@
 //! The cache then holds `rank + rope` numbers for a token instead of `heads · (nope + rope + v)`, and no key or value is
 //! ever expanded.
 
-use super::{insert, replace, sibling};
-use crate::graph::{Graph, NodeId, Op};
+use super::{insert, redirect, replace, sibling};
+use crate::graph::{Graph, NodeId, Op, Value};
 
 pub(super) fn run(graph: &mut Graph) -> usize {
     let mut count = 0;
@@ -26,6 +26,7 @@ fn rewrite(graph: &mut Graph, id: NodeId) -> Option<()> {
     let absorbed = insert(graph, id, absorb, vec![query], sibling(&label, "absorb_query"));
     let attend = Op::LatentAttention { layer, mla };
     let attended = insert(graph, id + 1, attend, vec![absorbed, cache], label.clone());
+    redirect(graph, Value { node: id + 2, output: 1 }, absorbed);
     let output = Op::AbsorbOutput { kv_b, mla };
     replace(graph, id + 2, output, vec![attended], sibling(&label, "absorb_output"));
     Some(())

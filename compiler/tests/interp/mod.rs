@@ -6,11 +6,12 @@ use std::collections::BTreeMap;
 
 use moewe_compiler::{
     config::{Scoring, TopkMethod},
-    graph::{Graph, Mla, Node, Norm, Op, RouterRule, TensorType, WeightId},
+    graph::{Asked, Graph, Mla, Node, Norm, Op, RouterRule, TensorType, WeightId, top_tokens},
 };
 use moewe_oracle::{
     Model, Tensor, Trace, Weights,
     ops::{self, LatentRows, MlaDims},
+    prediction::predict,
     router::{self, RouterParams},
 };
 use moewe_plan::DType;
@@ -22,6 +23,8 @@ pub struct Batch {
     pub tokens: Vec<u32>,
     /// Position of each row.
     pub positions: Vec<usize>,
+    /// Token behind each row, where it is known.
+    pub next: Vec<Option<u32>>,
     /// Rows whose logits are wanted.
     pub wanted: Vec<usize>,
 }
@@ -30,7 +33,8 @@ impl Batch {
     /// Tokens of one sequence from a position on, all of their logits wanted.
     pub fn sequence(tokens: &[u32], first: usize) -> Self {
         let positions = (first..first + tokens.len()).collect();
-        Self { tokens: tokens.to_vec(), positions, wanted: (0..tokens.len()).collect() }
+        let next = (1..=tokens.len()).map(|i| tokens.get(i).copied()).collect();
+        Self { tokens: tokens.to_vec(), positions, next, wanted: (0..tokens.len()).collect() }
     }
 }
 
@@ -111,12 +115,16 @@ impl Step<'_, '_, '_> {
         if let Op::Router { rule, bias } = &self.node.op {
             return self.router(rule, *bias);
         }
-        if self.node.op == Op::Advance {
-            let tokens = self.inputs[0].iter().map(|&t| t as u32);
-            self.session.finished.extend(tokens);
-            return Vec::new();
+        match self.node.op.clone() {
+            Op::Advance => {
+                let tokens = self.inputs[0].iter().map(|&t| t as u32);
+                self.session.finished.extend(tokens);
+                Vec::new()
+            }
+            Op::TopTokens(asked) => self.top_tokens(asked),
+            Op::Attention { kv_b, mla, .. } => vec![self.attention(), self.absorbed(kv_b, &mla, self.inputs[0])],
+            _ => vec![self.output()],
         }
-        vec![self.output()]
     }
 
     fn output(&mut self) -> Vec<f64> {
@@ -166,6 +174,32 @@ impl Step<'_, '_, '_> {
         }
     }
 
+    fn top_tokens(&self, asked: Asked) -> Vec<Vec<f64>> {
+        let k = top_tokens(self.width(0));
+        let (mut ids, mut probs, mut stats) = (Vec::new(), Vec::new(), Vec::new());
+        for (t, logits) in self.rows(0).enumerate() {
+            let sampled = || self.batch.wanted.iter().position(|&row| row == t).map(|r| self.inputs[1][r] as usize);
+            let asked = match asked {
+                Asked::Nothing => None,
+                Asked::Next => self.batch.next[t].map(|id| id as usize).or_else(sampled),
+                Asked::Given => Some(self.inputs[1][t * k] as usize),
+            };
+            let told = predict(logits, k, asked);
+            ids.extend(told.ids.iter().map(|&id| id as f64));
+            probs.extend(told.probs);
+            let (log_probability, rank) = told.asked.unwrap_or((f64::NAN, 0));
+            stats.extend([told.entropy, log_probability, if told.asked.is_some() { rank as f64 } else { f64::NAN }]);
+        }
+        if asked == Asked::Nothing { vec![ids, probs] } else { vec![ids, probs, stats] }
+    }
+
+    /// Rotated queries through `W_UK`, the rotated part behind.
+    fn absorbed(&self, kv_b: WeightId, mla: &Mla, query: &[f64]) -> Vec<f64> {
+        let (nope, rope) = ops::split_rows(query, mla.nope + mla.rope, mla.nope);
+        let absorbed = ops::absorb_queries(&dims(mla), self.weight(kv_b), &nope);
+        ops::concat_rows(&absorbed, mla.rank, &rope, mla.rope)
+    }
+
     fn attention(&mut self) -> Vec<f64> {
         match self.node.op.clone() {
             Op::Rope { head_dim, rope, .. } => self.rotated(self.inputs[0], head_dim, rope),
@@ -187,9 +221,7 @@ impl Step<'_, '_, '_> {
                 let head_dim = mla.nope + mla.rope;
                 let query =
                     if rotate { self.rotated(self.inputs[0], head_dim, mla.rope) } else { self.inputs[0].to_vec() };
-                let (nope, rope) = ops::split_rows(&query, head_dim, mla.nope);
-                let absorbed = ops::absorb_queries(&dims(&mla), self.weight(kv_b), &nope);
-                ops::concat_rows(&absorbed, mla.rank, &rope, mla.rope)
+                self.absorbed(kv_b, &mla, &query)
             }
             Op::LatentAttention { layer, mla } => {
                 let (query, rope) = ops::split_rows(self.inputs[0], mla.rank + mla.rope, mla.rank);

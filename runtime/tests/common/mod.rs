@@ -7,9 +7,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use moewe_plan::{
-    Access, Binding, BindingLayout, Buffer, Bundle, Cost, DType, Dim, Entry, FORMAT_VERSION, Kernel, ModelInfo, Plan,
-    Precision, Program, ProgramKind, Requirements, Role, Segment, Shard, Staging, Step, Symbol, TapSpec, Weight,
-    WeightFile, WeightFormat, hash_file,
+    Access, Binding, BindingLayout, Buffer, Bundle, Cost, DType, Dim, Entry, FORMAT_VERSION, Kernel, ModelInfo,
+    Parameter, ParameterKind, Plan, Precision, Program, ProgramKind, Requirements, Role, Segment, Shard, Staging, Step,
+    Symbol, TapGroup, TapSpec, Weight, WeightFile, WeightFormat, hash_file,
 };
 use moewe_runtime::{Gpu, Model, Selector, Session, SessionOptions};
 
@@ -72,6 +72,15 @@ fn buffers() -> Vec<Buffer> {
         buffer("row_tokens", DType::U32, Dim::Times(Symbol::Rows, 2), Role::Scratch),
         buffer("mix", DType::U32, Dim::Times(Symbol::Tokens, MIX.into()), Role::Scratch),
         buffer("dump", DType::U32, Dim::Const(16), Role::State),
+        buffer("copy", DType::U32, Dim::Times(Symbol::Tokens, 4), Role::Scratch),
+        buffer("hidden", DType::U32, Dim::Symbol(Symbol::Tokens), Role::State),
+        buffer("ticks", DType::U32, Dim::Const(4), Role::State),
+        buffer("offset", DType::F32, Dim::Const(VOCAB.into()), Role::Parameter),
+        buffer("scale", DType::F32, Dim::Const(2), Role::Parameter),
+        buffer("draft_cache", DType::U32, Dim::Times(Symbol::Pages, 64), Role::Cache),
+        buffer("drafted", DType::U32, Dim::Times(Symbol::Rows, 2), Role::Scratch),
+        buffer("told", DType::U32, Dim::Times(Symbol::Tokens, MIX.into()), Role::Scratch),
+        buffer("told_rows", DType::U32, Dim::Times(Symbol::Rows, MIX.into()), Role::Scratch),
     ]
 }
 
@@ -126,61 +135,154 @@ fn kernels() -> Vec<(Kernel, &'static str)> {
             &[("weight", Read), ("dump", ReadWrite), ("step", Uniform)],
             include_str!("../kernels/dump.wgsl"),
         ),
+        kernel(
+            "copy",
+            &[("batch", Uniform), ("tokens", Read), ("copy", ReadWrite), ("hidden", ReadWrite)],
+            include_str!("../kernels/copy.wgsl"),
+        ),
+        kernel("tick", &[("ticks", ReadWrite)], include_str!("../kernels/tick.wgsl")),
+        kernel(
+            "edit",
+            &[("offset", Read), ("scale", Read), ("logits", ReadWrite), ("step", Uniform)],
+            include_str!("../kernels/edit.wgsl"),
+        ),
+        kernel(
+            "draft",
+            &[
+                ("batch", Uniform),
+                ("tokens", Read),
+                ("rows", Read),
+                ("page_table", Read),
+                ("draft_cache", Read),
+                ("hidden", Read),
+                ("drafted", ReadWrite),
+                ("step", Uniform),
+            ],
+            include_str!("../kernels/draft.wgsl"),
+        ),
         kernel("mix", &[("batch", Uniform), ("tokens", Read), ("mix", ReadWrite)], include_str!("../kernels/mix.wgsl")),
     ]
 }
 
-fn program(kind: ProgramKind, max_tokens: u32, max_rows: u32) -> Program {
-    let kernels = kernels();
-    let names: Vec<String> = buffers().into_iter().map(|buffer| buffer.name).collect();
-    let step = |name: &str, shard: u32, grid: Dim, params: [u32; 4]| {
-        let kernel = kernels.iter().position(|(kernel, _)| kernel.name == name).expect("a kernel of ours");
+/// Makes steps and taps of our kernels and buffers.
+struct Maker {
+    kernels: Vec<(Kernel, &'static str)>,
+    buffers: Vec<String>,
+}
+
+impl Maker {
+    fn buffer(&self, name: &str) -> u32 {
+        self.buffers.iter().position(|n| n == name).expect("a buffer of ours") as u32
+    }
+
+    fn step(&self, name: &str, shard: u32, grid: Dim, params: [u32; 4]) -> Step {
+        let kernel = self.kernels.iter().position(|(kernel, _)| kernel.name == name).expect("a kernel of ours");
         let bind = |layout: &BindingLayout| match layout.name.as_str() {
             "step" => Binding::Params,
             "low" => Binding::Weight { weight: 0, shard: 0 },
             "high" => Binding::Weight { weight: 0, shard: 1 },
             "weight" => Binding::Weight { weight: 0, shard },
-            name => Binding::Buffer(names.iter().position(|n| n == name).expect("a buffer of ours") as u32),
+            name => Binding::Buffer(self.buffer(name)),
         };
         Step {
             label: name.into(),
             layer: None,
             kernel: kernel as u32,
-            bindings: kernels[kernel].0.bindings.iter().map(bind).collect(),
+            bindings: self.kernels[kernel].0.bindings.iter().map(bind).collect(),
             grid: [grid, Dim::Const(1), Dim::Const(1)],
             params,
             cost: Cost::default(),
+            only_for: Vec::new(),
         }
-    };
-    let (tokens, rows) = (Dim::Symbol(Symbol::Tokens), Dim::Symbol(Symbol::Rows));
-    let width = MAX_CONTEXT.div_ceil(64);
-    let mut steps = vec![
-        step("write", 0, tokens.clone(), [width, 0, 0, 0]),
-        step("score", 0, rows.clone(), [width, VOCAB, VOCAB.div_ceil(32), 0]),
-    ];
-    let mut taps = Vec::new();
-    if kind == ProgramKind::Forward {
-        steps.push(step("sample", 0, rows, [max_rows, VOCAB, VOCAB.div_ceil(32), 0]));
-        steps.push(step("advance", 0, Dim::CeilDiv(Symbol::Rows, 1 << 40), [0; 4]));
-    } else {
-        steps.push(step("mix", 0, tokens.clone(), [0; 4]));
-        steps.push(step("dump", 0, Dim::Const(6), [0; 4]));
-        steps.push(step("dump", 1, Dim::Const(8), [6, 0, 0, 0]));
-        let index = |name: &str| names.iter().position(|n| n == name).expect("a buffer of ours") as u32;
-        let tap = |name: &str, buffer: &str, rows: Dim, stride, offset, columns| TapSpec {
+    }
+
+    fn tap(&self, name: &str, group: TapGroup, layer: Option<u32>, buffer: &str, stride: u32) -> TapSpec {
+        let rows = Dim::Symbol(Symbol::Tokens);
+        TapSpec {
             name: name.into(),
-            buffer: index(buffer),
+            group,
+            layer,
+            buffer: self.buffer(buffer),
             rows,
             stride,
-            offset,
-            columns,
-        };
-        taps.push(tap("logits", "logits", Dim::Symbol(Symbol::Rows), VOCAB, 0, VOCAB));
-        taps.push(tap("mix", "mix", tokens.clone(), MIX, 0, MIX));
-        taps.push(tap("mix.part", "mix", tokens, MIX, 2, 3));
-        taps.push(tap("weight", "dump", Dim::Const(1), 14, 0, 14));
+            offset: 0,
+            columns: stride,
+        }
     }
+}
+
+fn program(kind: ProgramKind, max_tokens: u32, max_rows: u32) -> Program {
+    let make = Maker { kernels: kernels(), buffers: buffers().into_iter().map(|buffer| buffer.name).collect() };
+    let (tokens, rows) = (Dim::Symbol(Symbol::Tokens), Dim::Symbol(Symbol::Rows));
+    let width = MAX_CONTEXT.div_ceil(64);
+    let params = [width, VOCAB, VOCAB.div_ceil(32), 0];
+    let write = make.step("write", 0, tokens.clone(), params);
+    let score = make.step("score", 0, rows.clone(), params);
+    let mix = make.step("mix", 0, tokens.clone(), [0; 4]);
+    let mix_tap = make.tap("mix", TapGroup::Routing, Some(0), "mix", MIX);
+    let mix_part = TapSpec { name: "mix.part".into(), offset: 2, columns: 3, layer: Some(1), ..mix_tap.clone() };
+    let sample = [
+        make.step("sample", 0, rows.clone(), [max_rows, VOCAB, VOCAB.div_ceil(32), 0]),
+        make.step("advance", 0, Dim::CeilDiv(Symbol::Rows, 1 << 40), [0; 4]),
+    ];
+    let (steps, taps) = match kind {
+        ProgramKind::Forward => ([write, score].into_iter().chain(sample).collect(), Vec::new()),
+        ProgramKind::Watch => {
+            let taps = vec![
+                make.tap("copy", TapGroup::Hidden, None, "copy", 4),
+                mix_tap,
+                mix_part,
+                make.tap("lens", TapGroup::Lens, Some(0), "copy", 4),
+                make.tap("told", TapGroup::Logits, None, "told", MIX),
+                TapSpec { rows: rows.clone(), ..make.tap("told", TapGroup::Logits, None, "told_rows", MIX) },
+            ];
+            // The same numbers as in `mix`, elsewhere; the second are right where row i is token i.
+            let told = |buffer: &str, grid: &Dim, tap: u32| {
+                let mut step = make.step("mix", 0, grid.clone(), [0; 4]);
+                *step.bindings.last_mut().expect("it writes") = Binding::Buffer(make.buffer(buffer));
+                Step { label: buffer.into(), only_for: vec![tap], ..step }
+            };
+            let told = [told("told", &tokens, 4), told("told_rows", &rows, 5)];
+            let mut steps = vec![write, score, make.step("copy", 0, tokens, [0; 4])];
+            steps.push(make.step("edit", 0, rows, params));
+            steps.push(Step { only_for: vec![1, 2], ..mix });
+            steps.push(Step { only_for: vec![3, 4], ..make.step("tick", 0, Dim::Const(1), [0; 4]) });
+            steps.extend(told);
+            steps.extend(sample);
+            (steps, taps)
+        }
+        ProgramKind::Trace => {
+            let mut steps = vec![write, score, mix];
+            steps.push(make.step("dump", 0, Dim::Const(6), [0; 4]));
+            steps.push(make.step("dump", 1, Dim::Const(8), [6, 0, 0, 0]));
+            let logits = TapSpec { rows, ..make.tap("logits", TapGroup::Logits, None, "logits", VOCAB) };
+            let once = |tap: TapSpec| TapSpec { rows: Dim::Const(1), ..tap };
+            let weight = once(make.tap("weight", TapGroup::Hidden, None, "dump", 14));
+            (steps, vec![logits, mix_tap, mix_part, weight, once(make.tap("ticks", TapGroup::Lens, None, "ticks", 4))])
+        }
+        ProgramKind::Draft { .. } => {
+            let mut write = write;
+            let cache = write.bindings.iter_mut().find(|binding| **binding == Binding::Buffer(make.buffer("cache")));
+            *cache.expect("it writes the cache") = Binding::Buffer(make.buffer("draft_cache"));
+            let drafted = TapSpec { rows: rows.clone(), ..make.tap("mtp.1.ids", TapGroup::Mtp, None, "drafted", 2) };
+            // A tap that only traces read.
+            let hidden = make.tap("hidden", TapGroup::Hidden, Some(1), "hidden", 1);
+            (vec![write, make.step("draft", 0, rows, params)], vec![drafted, hidden])
+        }
+    };
     Program { kind, precision: Precision::Exact, max_tokens, max_rows, steps, taps }
+}
+
+/// What the draft makes of a token at a position, given the tokens of its sequence from the start on: two numbers.
+pub fn draft(tokens: &[u32], position: usize) -> [u32; 2] {
+    let sum = (1..=position).fold(0u32, |sum, j| sum.wrapping_add(tokens[j].wrapping_mul(j as u32 + 1)));
+    let hidden = tokens[position - 1] * 1000 + position as u32 - 1;
+    [sum, hidden]
+}
+
+fn parameter(kind: ParameterKind, buffer: &str, len: u32) -> Parameter {
+    let buffer = buffers().iter().position(|b| b.name == buffer).expect("a buffer of ours") as u32;
+    Parameter { kind, layer: 0, buffer, len }
 }
 
 /// The plan; weights are added by [`write_bundle`].
@@ -197,7 +299,18 @@ pub fn plan() -> Plan {
             layers: 1,
             moe_layers: Vec::new(),
             experts: 0,
-            mtp_modules: 0,
+            num_experts_per_tok: 0,
+            n_group: 1,
+            topk_group: 1,
+            n_shared_experts: 0,
+            hidden_size: 1,
+            num_attention_heads: 1,
+            kv_lora_rank: 1,
+            qk_rope_head_dim: 1,
+            qk_nope_head_dim: 1,
+            v_head_dim: 1,
+            softmax_scale: 1.0,
+            mtp_modules: 1,
         },
         warnings: Vec::new(),
         requirements: Requirements {
@@ -212,10 +325,18 @@ pub fn plan() -> Plan {
         weights: Vec::new(),
         buffers: buffers(),
         kernels: kernels().into_iter().map(|(kernel, _)| kernel).collect(),
+        parameters: vec![
+            parameter(ParameterKind::ExpertOffset, "offset", VOCAB),
+            parameter(ParameterKind::ExpertScale, "scale", 2),
+        ],
         programs: vec![
             program(ProgramKind::Forward, 32, 4),
             program(ProgramKind::Forward, 4, 2),
             program(ProgramKind::Trace, 32, 32),
+            program(ProgramKind::Watch, 32, 4),
+            program(ProgramKind::Watch, 4, 2),
+            program(ProgramKind::Draft { module: 1 }, 8, 24),
+            program(ProgramKind::Draft { module: 1 }, 24, 32),
         ],
     }
 }
@@ -265,7 +386,7 @@ pub fn load(plan: Plan) -> moewe_runtime::Result<Arc<Model>> {
     Model::load(&gpu(), &Bundle::open(&path)?, &|_| ())
 }
 
-/// Options for several sequences and both kinds of program.
+/// Options for several sequences, forward and trace.
 pub fn options(max_sequences: u32) -> SessionOptions {
     SessionOptions { kinds: vec![ProgramKind::Forward, ProgramKind::Trace], max_sequences, ..SessionOptions::default() }
 }

@@ -6,9 +6,11 @@
 
 pub mod config;
 mod decode;
+pub mod edits;
 pub mod model;
 pub mod numeric;
 pub mod ops;
+pub mod prediction;
 pub mod rope;
 pub mod router;
 pub mod safetensors;
@@ -16,6 +18,7 @@ pub mod sampling;
 mod tensor;
 mod weights;
 
+pub use edits::Edits;
 pub use model::Model;
 pub use tensor::{Data, Tensor, Trace, rel_l2};
 pub use weights::{Weight, Weights};

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use crate::config::Config;
 use crate::ops::{self, LatentRows};
-use crate::{Result, Tensor, Trace, Weights, router};
+use crate::{Data, Edits, Result, Tensor, Trace, Weights, edits, router};
 
 /// eps of `q_a_layernorm` and `kv_a_layernorm`, whatever the config says (spec §3).
 const LATENT_EPS: f64 = 1e-6;
@@ -28,6 +28,11 @@ pub struct Model {
     pub weights: Weights,
     /// Form of attention; [`Attention::Absorbed`] after loading.
     pub attention: Attention,
+    /// Changes to how it runs; none after loading.
+    pub edits: Edits,
+    /// Whether traces of the main model also hold `mla.{l}.query` [T, H·(r+dr)] (absorbed, rotated), `mla.{l}.attention`
+    /// [H, T, S] (probabilities) and `lens.{l}` [T, V] (logits from each layer's output); not after loading.
+    pub extras: bool,
 }
 
 /// Latent cache of every layer that has run, MTP layers under their layer index.
@@ -86,7 +91,7 @@ impl Model {
         let dir = dir.as_ref();
         let config = Config::from_json(&crate::read_json(&dir.join("config.json"))?)?;
         let weights = Weights::load(dir, config.fp8_block)?;
-        Ok(Self { config, weights, attention: Attention::Absorbed })
+        Ok(Self { config, weights, attention: Attention::Absorbed, edits: Edits::default(), extras: false })
     }
 
     /// Runs the main model over new tokens `[T]`, which follow those in the cache.
@@ -104,6 +109,11 @@ impl Model {
         for l in 0..self.config.layers {
             x = self.block(&x, l, self.config.is_moe(l), &positions, cache, trace);
             trace.insert(format!("hidden.{}", l + 1), Tensor::rows(x.clone(), d));
+            if self.extras {
+                let seen = self.norm(&x, "model.norm.weight", self.config.rms_norm_eps);
+                let logits = ops::linear(&seen, self.head(), None, d);
+                trace.insert(format!("lens.{l}"), Tensor::rows(logits, self.config.vocab));
+            }
         }
         let hidden = self.norm(&x, "model.norm.weight", self.config.rms_norm_eps);
         let logits = ops::linear(&hidden, self.head(), None, d);
@@ -193,7 +203,10 @@ impl Model {
         };
         let joint = self.linear(x, &name("kv_a_proj_with_mqa"));
         let (c, mut k_rope) = ops::split_rows(&joint, dims.latent + dims.rope, dims.latent);
-        let c = self.norm(&c, &name("kv_a_layernorm.weight"), LATENT_EPS);
+        let mut c = self.norm(&c, &name("kv_a_layernorm.weight"), LATENT_EPS);
+        for i in edits::numbers(&self.edits.zero_latents, l) {
+            c.iter_mut().skip(i).step_by(dims.latent).for_each(|number| *number = 0.0);
+        }
 
         let head = dims.nope + dims.rope;
         for (t, &position) in positions.iter().enumerate() {
@@ -215,11 +228,26 @@ impl Model {
 
         let rows = LatentRows { c: &layer.c, k_rope: &layer.k_rope, positions: &layer.positions };
         let kv_b = self.tensor(&name("kv_b_proj.weight"));
+        if self.extras && l < self.config.layers {
+            let (q_nope, q_rope) = ops::split_rows(&q, head, dims.nope);
+            let absorbed = ops::absorb_queries(dims, kv_b, &q_nope);
+            let weights = ops::attention_weights(dims, &absorbed, &q_rope, positions, &rows);
+            let shape = vec![dims.heads, positions.len(), rows.positions.len()];
+            trace.insert(format!("mla.{l}.attention"), Tensor { shape, data: Data::F64(weights) });
+            let query = ops::concat_rows(&absorbed, dims.latent, &q_rope, dims.rope);
+            trace.insert(format!("mla.{l}.query"), Tensor::rows(query, dims.heads * (dims.latent + dims.rope)));
+        }
         let attend = match self.attention {
             Attention::Naive => ops::mla_naive,
             Attention::Absorbed => ops::mla_absorbed,
         };
-        self.linear(&attend(dims, kv_b, &q, positions, &rows), &name("o_proj"))
+        let mut given = attend(dims, kv_b, &q, positions, &rows);
+        for h in edits::numbers(&self.edits.zero_heads, l) {
+            for row in given.chunks_exact_mut(dims.heads * dims.value) {
+                row[h * dims.value..][..dims.value].fill(0.0);
+            }
+        }
+        self.linear(&given, &name("o_proj"))
     }
 
     /// Routed and shared experts (spec §6): x [T, D] → [T, D].
@@ -229,7 +257,9 @@ impl Model {
         let logits = self.linear(x, &format!("{name}.gate"));
         let bias = self.weights.get(&format!("{name}.gate.e_score_correction_bias")).map(|w| w.data.as_slice());
         let experts = logits.len() * d / x.len();
-        let routes: Vec<_> = logits.chunks_exact(experts).map(|g| router::route(g, bias, params).ascending()).collect();
+        let edit = self.edits.router(l);
+        let route = |g: &[f64]| router::route_edited(g, bias, params, &edit).ascending();
+        let routes: Vec<_> = logits.chunks_exact(experts).map(route).collect();
 
         let mut y = match self.config.shared_experts {
             0 => vec![0.0; x.len()],

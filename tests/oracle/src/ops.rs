@@ -218,6 +218,24 @@ pub fn attend_latent(dims: &MlaDims, q: &[f64], q_rope: &[f64], q_positions: &[u
     out
 }
 
+/// p_h(s), the probabilities of [`attend_latent`] themselves: arguments as there → [H, T, S].
+pub fn attention_weights(
+    dims: &MlaDims,
+    q: &[f64],
+    q_rope: &[f64],
+    q_positions: &[usize],
+    cache: &LatentRows,
+) -> Vec<f64> {
+    let (r, dr, heads) = (dims.latent, dims.rope, dims.heads);
+    let weights = |h: usize, t: usize| {
+        let (q, q_rope) = (&q[(t * heads + h) * r..][..r], &q_rope[(t * heads + h) * dr..][..dr]);
+        cache.probabilities(q_positions[t], dims.scale, |s| {
+            dot(q, &cache.c[s * r..][..r]) + dot(q_rope, &cache.k_rope[s * dr..][..dr])
+        })
+    };
+    (0..heads).flat_map(|h| (0..q_positions.len()).flat_map(move |t| weights(h, t))).collect()
+}
+
 /// o_h = UV_h ĉ_h: `attended` [T, H, r], `kv_b` [H(dn+dv), r] → [T, H·dv].
 pub fn expand_values(dims: &MlaDims, kv_b: &[f64], attended: &[f64]) -> Vec<f64> {
     let r = dims.latent;

@@ -2,6 +2,8 @@
 //!
 //! All functions work on one token. Ties go to the lowest index everywhere.
 
+use std::collections::BTreeMap;
+
 use crate::ops;
 
 /// How logits become scores.
@@ -136,9 +138,99 @@ pub fn route(logits: &[f64], bias: Option<&[f64]>, params: &RouterParams) -> Rou
     Route { ids, weights }
 }
 
+/// What is changed about the router of one layer.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct RouterEdit {
+    /// Experts that are taken out, as if they did not exist.
+    pub muted: Vec<usize>,
+    /// Experts that are chosen whatever their scores and groups.
+    pub forced: Vec<usize>,
+    /// Added to the selection score u of an expert.
+    pub offsets: BTreeMap<usize, f64>,
+    /// Multiplies the final weight of an expert.
+    pub scales: BTreeMap<usize, f64>,
+}
+
+/// [`route`] under an edit. The forced experts come first, in the order of their own u, then the best of the others in the
+/// groups that stay. Muted experts do not count in their groups. Where fewer than k are left, the first id is repeated
+/// (0 if there is none) with weight 0.
+pub fn route_edited(logits: &[f64], bias: Option<&[f64]>, params: &RouterParams, edit: &RouterEdit) -> Route {
+    let scores = scores(logits, params.scoring);
+    let mut selection = selection_scores(&scores, bias);
+    for (&e, offset) in &edit.offsets {
+        selection[e] += offset;
+    }
+    let present: Vec<usize> = (0..scores.len()).filter(|e| !edit.muted.contains(e)).collect();
+    let best_first = |mut experts: Vec<usize>| {
+        experts.sort_by(|&a, &b| selection[b].partial_cmp(&selection[a]).expect("a router score is NaN"));
+        experts
+    };
+    let (forced, others): (Vec<usize>, Vec<usize>) = present.iter().partition(|e| edit.forced.contains(e));
+
+    let mut kept: Vec<usize> = (0..params.groups).collect();
+    let size = scores.len() / params.groups;
+    if params.limits_groups() {
+        let counted = if params.scoring == Scoring::Softmax { 1 } else { 2 };
+        let group_score = |group: usize| {
+            let members = best_first(present.iter().copied().filter(|e| e / size == group).collect());
+            if members.is_empty() {
+                f64::NEG_INFINITY
+            } else {
+                members.iter().take(counted).map(|&e| selection[e]).sum()
+            }
+        };
+        kept = top_k(&kept.iter().map(|&group| group_score(group)).collect::<Vec<_>>(), params.topk_group);
+    }
+    let others = others.into_iter().filter(|e| !params.limits_groups() || kept.contains(&(e / size))).collect();
+    let mut ids = [best_first(forced), best_first(others)].concat();
+    ids.truncate(params.top_k);
+    let mut weights = weights(&scores, &ids, params);
+    for (weight, e) in weights.iter_mut().zip(&ids) {
+        *weight *= edit.scales.get(e).copied().unwrap_or(1.0);
+    }
+    ids.resize(params.top_k, ids.first().copied().unwrap_or(0));
+    weights.resize(params.top_k, 0.0);
+    Route { ids, weights }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn params(groups: usize, topk_group: usize) -> RouterParams {
+        let (scoring, method) = (Scoring::Sigmoid, TopkMethod::NoauxTc);
+        RouterParams { scoring, method, groups, topk_group, top_k: 2, norm_topk_prob: true, scale: 2.0 }
+    }
+
+    #[test]
+    fn an_empty_edit_changes_nothing() {
+        let logits = [0.3, -1.0, 2.0, 0.1, 0.7, 0.9];
+        for params in [params(1, 1), params(3, 1), params(2, 1)] {
+            assert_eq!(route_edited(&logits, None, &params, &RouterEdit::default()), route(&logits, None, &params));
+        }
+    }
+
+    #[test]
+    fn edits_do_what_they_say() {
+        let logits = [3.0, 2.0, 1.0, 0.5, -1.0, -2.0];
+        let sigmoid = |e: usize| ops::sigmoid(logits[e]);
+        let edited = |params, edit| route_edited(&logits, None, &params, &edit);
+        // The first group without its best is worse than the second.
+        let muted = edited(params(3, 1), RouterEdit { muted: vec![0], ..RouterEdit::default() });
+        assert_eq!(muted.ids, [2, 3]);
+        // Nobody is left beside expert 4 in the only group that has any.
+        let alone = edited(params(3, 1), RouterEdit { muted: vec![0, 1, 2, 3, 5], ..RouterEdit::default() });
+        assert_eq!(alone.ids, [4, 4]);
+        assert!((alone.weights[0] - 2.0).abs() < 1e-12 && alone.weights[1] == 0.0);
+        // From a group that does not stay; weights are those of the scores.
+        let forced = edited(params(3, 1), RouterEdit { forced: vec![4], ..RouterEdit::default() });
+        assert_eq!(forced.ids, [4, 0]);
+        assert!((forced.weights[0] - 2.0 * sigmoid(4) / (sigmoid(4) + sigmoid(0))).abs() < 1e-12);
+        let edit = RouterEdit { offsets: [(5, 5.0)].into(), scales: [(5, -0.5)].into(), ..RouterEdit::default() };
+        let moved = edited(params(1, 1), edit);
+        assert_eq!(moved.ids, [5, 0]);
+        assert!((moved.weights[0] + sigmoid(5) / (sigmoid(5) + sigmoid(0))).abs() < 1e-12);
+    }
 
     #[test]
     fn ties_go_to_the_lowest_index() {

@@ -50,6 +50,11 @@ impl Weights {
         self.get(name).unwrap_or_else(|| panic!("the checkpoint lacks {name}"))
     }
 
+    /// The same, to be changed.
+    pub fn need_mut(&mut self, name: &str) -> &mut Weight {
+        self.0.get_mut(name).unwrap_or_else(|| panic!("the checkpoint lacks {name}"))
+    }
+
     /// All tensors in order of name.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Weight)> {
         self.0.iter().map(|(name, weight)| (name.as_str(), weight))

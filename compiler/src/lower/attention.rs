@@ -1,0 +1,122 @@
+//! Steps of multi-head latent attention.
+
+use moewe_plan::{Cost, Dim, ParameterKind, Role, Symbol};
+
+use super::{Lowering, ONE, Slot};
+use crate::error::Result;
+use crate::graph::{Mla, Node, Norm, Value, WeightId};
+use crate::pack::Matrix;
+use crate::select::{self, WORKGROUP};
+
+impl Lowering<'_, '_> {
+    pub(super) fn latent_write(&mut self, node: &Node, layer: usize, norm: Norm, mla: &Mla, row: Value) -> Result<()> {
+        let (tapped, edit) = (self.values.contains_key(&row), self.graph.parameters);
+        let mut slots = vec![
+            ("kv", Slot::Value(node.inputs[0])),
+            ("norm", self.vector(norm.weight)?),
+            ("angles", self.angles()?),
+            ("tokens", self.role(Role::Tokens)),
+            ("pages", self.role(Role::PageTable)),
+            ("cache", self.cache(layer)),
+        ];
+        if tapped {
+            slots.push(("rows", Slot::Value(row)));
+        }
+        if edit {
+            slots.push(("latent_scale", self.parameter(node, ParameterKind::LatentScale, mla.rank)?));
+        }
+        let max_pages = select::max_pages(self.config.max_position_embeddings);
+        let flags = [("interleave", self.config.rope.interleave), ("tapped", tapped), ("edit", edit)];
+        let variant = self.selector.latent_write(mla, norm.eps, max_pages, &flags);
+        let numbers = (mla.rank + mla.rope) as u64;
+        let cost = Cost { token_bytes: 4 * (numbers + self.selector.latent().words(numbers)), ..Cost::default() };
+        self.emit(node, &variant, &slots, [Dim::Symbol(Symbol::Tokens), ONE, ONE], [0; 4], cost)
+    }
+
+    pub(super) fn absorb_query(&mut self, node: &Node, kv_b: WeightId, mla: &Mla, y: Value) -> Result<()> {
+        let matrix = self.matrix(kv_b, mla.nope + mla.v)?;
+        let variant = self.selector.absorb_query(matrix.stored, mla, self.config.rope.interleave);
+        for (shard, heads) in head_shards(&matrix, mla).into_iter().enumerate() {
+            let mut slots = vec![
+                ("part", Slot::Params),
+                ("q", Slot::Value(node.inputs[0])),
+                ("kv_b", Slot::Weight(matrix.weight, shard as u32)),
+                ("angles", self.angles()?),
+                ("tokens", self.role(Role::Tokens)),
+                ("y", Slot::Value(y)),
+            ];
+            slots.extend(matrix.scales.map(|scales| ("kv_b_scale", Slot::Weight(scales, 0))));
+            let columns = mla.rank.div_ceil(4) + mla.rope / 2;
+            let grid =
+                [Dim::Const(columns.div_ceil(WORKGROUP) as u64), Dim::Const(heads.1), Dim::Symbol(Symbol::Tokens)];
+            let cost = Cost {
+                fixed_bytes: heads.1 * mla.nope as u64 * matrix.row_bytes,
+                token_bytes: 4 * heads.1 * (mla.nope + mla.rank + 2 * mla.rope) as u64,
+                token_flops: 2 * heads.1 * (mla.nope * mla.rank) as u64,
+                ..Cost::default()
+            };
+            self.emit(node, &variant, &slots, grid, [heads.0 as u32, heads.1 as u32, 0, 0], cost)?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn latent_attention(&mut self, node: &Node, layer: usize, mla: &Mla, y: Value) -> Result<()> {
+        let max_pages = select::max_pages(self.config.max_position_embeddings);
+        let variant = self.selector.latent_attention(mla, max_pages, self.first_position);
+        let slots = [
+            ("q", Slot::Value(node.inputs[0])),
+            ("cache", self.cache(layer)),
+            ("tokens", self.role(Role::Tokens)),
+            ("pages", self.role(Role::PageTable)),
+            ("y", Slot::Value(y)),
+        ];
+        let numbers = mla.rank + mla.rope;
+        let cost = Cost {
+            token_bytes: 4 * (mla.heads * (numbers + mla.rank)) as u64,
+            context_bytes: 4 * self.selector.latent().words(numbers as u64),
+            context_flops: 2 * (mla.heads * (numbers + mla.rank)) as u64,
+            ..Cost::default()
+        };
+        let grid = [Dim::Const(mla.heads as u64), Dim::Symbol(Symbol::Tokens), ONE];
+        self.emit(node, &variant, &slots, grid, [0; 4], cost)
+    }
+
+    pub(super) fn absorb_output(&mut self, node: &Node, kv_b: WeightId, mla: &Mla, y: Value) -> Result<()> {
+        let matrix = self.matrix(kv_b, mla.nope + mla.v)?;
+        let edit = self.graph.parameters;
+        let variant = self.selector.absorb_output(matrix.stored, mla, edit);
+        for (shard, heads) in head_shards(&matrix, mla).into_iter().enumerate() {
+            let mut slots = vec![
+                ("batch", self.role(Role::Header)),
+                ("part", Slot::Params),
+                ("x", Slot::Value(node.inputs[0])),
+                ("kv_b", Slot::Weight(matrix.weight, shard as u32)),
+                ("y", Slot::Value(y)),
+            ];
+            if edit {
+                slots.push(("head_scale", self.parameter(node, ParameterKind::HeadScale, mla.heads)?));
+            }
+            slots.extend(matrix.scales.map(|scales| ("kv_b_scale", Slot::Weight(scales, 0))));
+            let rows = heads.1 * mla.v as u64;
+            let grid = [
+                Dim::Const(rows.div_ceil(self.selector.rows_per_workgroup())),
+                Dim::CeilDiv(Symbol::Tokens, self.selector.tile as u64),
+                ONE,
+            ];
+            let cost = Cost {
+                fixed_bytes: rows * matrix.row_bytes,
+                token_bytes: 4 * heads.1 * (mla.rank + mla.v) as u64,
+                token_flops: 2 * rows * mla.rank as u64,
+                ..Cost::default()
+            };
+            self.emit(node, &variant, &slots, grid, [heads.0 as u32, heads.1 as u32, 0, 0], cost)?;
+        }
+        Ok(())
+    }
+}
+
+/// The heads of each shard of `kv_b`: first and number.
+fn head_shards(matrix: &Matrix, mla: &Mla) -> Vec<(u64, u64)> {
+    let rows = (mla.nope + mla.v) as u64;
+    matrix.shards.iter().map(|(first, count)| (first / rows, count / rows)).collect()
+}
