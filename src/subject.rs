@@ -30,7 +30,9 @@ pub fn subject(
     let device = format!("{} ({} {})", info.name, info.driver, info.driver_info);
     let mut subject = Subject::from_plan(name, &bundle.plan, precision.name(), &device);
     if let Some(text) = text {
-        let pieces = (0..bundle.plan.model.vocab_size).map(|id| text.token(id).unwrap_or_default());
+        // The bars and blanks of DeepSeek's special tokens are in few fonts.
+        let drawable = |piece: String| piece.replace('｜', "|").replace('▁', "_");
+        let pieces = (0..bundle.plan.model.vocab_size).map(|id| text.token(id).map(drawable).unwrap_or_default());
         subject.pieces = pieces.collect();
     }
     subject.expert_bias = biases(bundle)?;

@@ -333,8 +333,8 @@ fn each_pass_fires_as_often_as_it_should() {
         ("experts", [3, 3, 3, 1]),
         ("mtp_join", [0, 0, 0, 1]),
         // Before attention, in the query and before the feed-forward network; the final one is tapped in a trace. To watch
-        // there is one before the logits of all tokens and one before each layer's.
-        ("norm", [3 * 4 + 1, 3 * 4 + 1 + 1 + 4, 3 * 4, 3]),
+        // there is one before the logits of all tokens and one before each layer's; the last layer's are the former.
+        ("norm", [3 * 4 + 1, 3 * 4 + 1 + 1 + 3, 3 * 4, 3]),
         // After attention, and after the dense network or the shared experts.
         ("residual", [2 * 4, 2 * 4, 2 * 4, 2]),
     ];

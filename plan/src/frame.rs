@@ -13,7 +13,7 @@ pub struct TapFrame {
     pub tokens: Vec<FrameToken>,
     /// What was read.
     pub tensors: Vec<FrameTensor>,
-    /// How long the steps took, if that was asked for.
+    /// How long the steps took, if that was asked for and this run was one of the samples.
     pub times: Option<RunTimes>,
 }
 

@@ -401,7 +401,8 @@ pub struct TapSpec {
     pub layer: Option<u32>,
     /// Index into [`Plan::buffers`].
     pub buffer: u32,
-    /// Rows: tokens or logits rows of the batch.
+    /// Rows: tokens or logits rows of the batch. A program may have a tap of each kind under one name: where all tokens
+    /// are logits rows in their order, both hold the same, and the second is cheaper; elsewhere only the first counts.
     pub rows: Dim,
     /// Numbers from one row to the next.
     pub stride: u32,
@@ -422,19 +423,20 @@ pub enum TapGroup {
     Scores,
     /// What the cache holds of a token: `mla.{l}.c_kv [T, kv_lora_rank]` and `mla.{l}.k_rope [T, qk_rope_head_dim]`.
     Latents,
-    /// Hidden states: `hidden.0` behind the embedding, `hidden.{l+1}` behind layer l, `final_norm`; each
-    /// `[T, hidden_size]`.
+    /// Hidden states: `hidden.0` behind the embedding, `hidden.{l+1}` behind layer l, `final_norm`, in drafts
+    /// `mtp.{j}.hidden`; each `[T, hidden_size]`.
     Hidden,
     /// Queries absorbed into latent space: `mla.{l}.query [T, heads, kv_lora_rank + qk_rope_head_dim]`. Scores are
     /// their products with the latents, times `softmax_scale` (spec §5).
     Attention,
     /// The model's prediction at each token: `logits.ids`, `logits.probs` `[T, TOP_TOKENS]` and `logits.stats [T, 3]`:
-    /// entropy in nats, log probability and rank (from 0) of the token that follows. In traces all of `logits`.
+    /// entropy in nats, log probability and rank (from 0) of the token that follows. They are there twice, for tokens and
+    /// for wanted rows: see [`TapSpec::rows`]. In traces all of `logits`, in drafts all of `mtp.{j}.logits`.
     Logits,
     /// The same from each layer's hidden state through the final norm and the head (the logit lens): `lens.{l}.ids`,
     /// `.probs`, and `.stats`, where the token asked for is the model's final prediction.
     Lens,
-    /// Drafts of modules of multi-token prediction: `mtp.{j}.ids`, `.probs` `[T, TOP_TOKENS]`; more in traces.
+    /// Drafts of modules of multi-token prediction: `mtp.{j}.ids`, `.probs` `[T, TOP_TOKENS]`.
     Mtp,
 }
 

@@ -268,6 +268,21 @@ impl Gpu {
         }
     }
 
+    /// A second device on the same adapter, for a window that is drawn while this one computes. A surface cannot be
+    /// configured on a device to which another thread submits: wgpu waits until the device is idle, refuses if it is not
+    /// then, and panics when the next frame is drawn. It also has a queue of its own, so that no frame waits for a pass
+    /// of the model.
+    pub fn for_window(&self) -> Result<Handles> {
+        let descriptor = wgpu::DeviceDescriptor {
+            label: Some("moewe window"),
+            required_limits: wgpu::Limits::default().using_resolution(self.adapter.limits()),
+            ..wgpu::DeviceDescriptor::default()
+        };
+        let (device, queue) = pollster::block_on(self.adapter.request_device(&descriptor))
+            .map_err(|error| Error::Open { device: self.info.name.clone(), what: error.to_string() })?;
+        Ok(Handles { instance: self.instance.clone(), adapter: self.adapter.clone(), device, queue })
+    }
+
     /// The first error since the last call that the device reported for commands of those who share it by
     /// [`Gpu::handles`], outside any error scope of theirs. Errors of this crate's own commands are never among them.
     pub fn stray_error(&self) -> Option<String> {

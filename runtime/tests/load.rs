@@ -201,7 +201,7 @@ fn parameters_and_taps_that_do_not_fit_are_refused() {
     let what = refused(&|plan| plan.programs[3].taps[0].rows = Dim::Symbol(Symbol::Rows));
     assert!(what.contains("tap copy of the watch program has rows rows, one for each token expected"), "{what}");
     // A tap of wanted rows is no more than another form of one of tokens.
-    let what = refused(&|plan| plan.programs[3].taps[5].columns = 5);
+    let what = refused(&|plan| plan.programs[3].taps[5].columns = 1);
     assert!(what.contains("tap told of the watch program has rows rows"), "{what}");
     let what = refused(&|plan| plan.programs[3].taps[4].rows = Dim::Symbol(Symbol::Rows));
     assert!(what.contains("tap told of the watch program has rows rows"), "{what}");

@@ -4,12 +4,13 @@ mod export;
 mod joined;
 
 use std::path::Path;
+use std::time::Duration;
 
 use moewe::live::Live;
 use moewe::subject::subject;
 use moewe::watch::{self, Watch};
 use moewe_plan::parameter_values;
-use moewe_runtime::Handles;
+use moewe_runtime::{DeviceType, Gpu};
 use moewe_viewer::app::{self, App};
 use moewe_viewer::colour::Palette;
 use moewe_viewer::recording::Recording;
@@ -21,6 +22,9 @@ use moewe_viewer::window;
 use super::args::{PaletteArg, PlaceArgs, ViewArgs};
 use super::watched::{name, watched_kinds};
 use super::{interrupt, model, output, usage};
+
+/// Time between two frames where the processor draws them.
+const SOFTWARE_PACE: Duration = Duration::from_millis(400);
 
 /// Opens a window on a model or a recording, or writes files about it.
 pub fn run(args: &ViewArgs) -> anyhow::Result<()> {
@@ -55,7 +59,7 @@ fn recorded(args: &ViewArgs, path: &Path) -> anyhow::Result<()> {
         }
         source = Box::new(joined::Joined::new([source, other], &name(against)));
     }
-    show(args, source, subject, Vec::new(), &gpu.handles())
+    show(args, source, subject, Vec::new(), &gpu)
 }
 
 fn open_recording(path: &Path) -> anyhow::Result<(Box<dyn Source>, Subject)> {
@@ -102,13 +106,13 @@ fn live(args: &ViewArgs) -> anyhow::Result<()> {
         precision,
         args.taps.timing,
     )?;
-    let handles = loaded.gpu().handles();
+    let gpu = loaded.gpu().clone();
     let watch = Watch::new(session.frame_receiver()?);
     let mut source = Live::new(session, watch, opened.text, options);
     for request in &requests {
         source.send(Command::Generate(request.clone()));
     }
-    show(args, Box::new(source), subject, requests, &handles)
+    show(args, Box::new(source), subject, requests, &gpu)
 }
 
 /// A prompt with its name, if it has one: a word before `=`.
@@ -130,7 +134,7 @@ fn show(
     source: Box<dyn Source>,
     subject: Subject,
     requests: Vec<Request>,
-    handles: &Handles,
+    gpu: &Gpu,
 ) -> anyhow::Result<()> {
     let title = format!("{} — moewe", subject.name);
     let is_recording = requests.is_empty() && !source.status().is_live;
@@ -147,24 +151,33 @@ fn show(
             },
             request: requests.into_iter().next_back().unwrap_or(Request { max_new_tokens: 256, ..Request::default() }),
             exports: export::exports(),
+            pace: if gpu.info().device_type == DeviceType::Cpu { SOFTWARE_PACE } else { app::Options::default().pace },
             ..app::Options::default()
         },
     );
     let names = app.names();
-    if let Some(view) = &args.place.view {
-        if !names.contains(&view.as_str()) {
+    if let Some(view) = args.place.view_name() {
+        if !names.contains(&view) {
             return usage(format!("--view is {view:?}, expected one of {}", names.join(", ")));
         }
         app.focus(view);
+        if let Some(part) = args.place.part()
+            && !app.show_part(view, part)
+        {
+            return match app.parts(view) {
+                [] => usage(format!("--view is {view}:{part}, but {view} has no parts")),
+                parts => usage(format!("--view is {view}:{part}, expected one of {view}:{{{}}}", parts.join(","))),
+            };
+        }
     }
     if args.export.is_any() {
-        return export::write(args, app, handles);
+        return export::write(args, app, &gpu.handles());
     }
     if is_recording && (args.place.text.is_some() || args.place.other.is_some()) {
         export::read_all(&mut app)?;
         export::select_texts(&mut app, &args.place)?;
     }
-    let setup = export::setup(handles);
+    let setup = export::setup(&gpu.for_window()?);
     let options = window::Options { title, setup, closing: interrupt::flag(), kept: None, theme: export::theme(args) };
     Ok(window::run(app, options)?)
 }

@@ -96,5 +96,5 @@ fn percentiles(mut times: Vec<f64>) -> (f64, f64) {
 fn resident() -> String {
     let pages = std::fs::read_to_string("/proc/self/statm").ok();
     let pages = pages.as_deref().and_then(|pages| pages.split(' ').nth(1)?.parse::<usize>().ok());
-    pages.map_or("?".into(), |pages| (pages * 4096 >> 20).to_string())
+    pages.map_or("?".into(), |pages| ((pages * 4096) >> 20).to_string())
 }

@@ -227,12 +227,11 @@ impl HeatMap {
         }
         if self.drawn.as_ref().is_none_or(|(before, _)| *before != drawn) {
             let image = image(grid, spec.scale, columns, rows, pixels);
-            match &mut self.texture {
-                Some((_, texture)) => texture.set(image, TextureOptions::NEAREST),
-                None => {
-                    let texture = ui.ctx().load_texture("heat map", image, TextureOptions::NEAREST);
-                    self.texture = Some((ui.ctx().clone(), texture));
-                }
+            if let Some((_, texture)) = &mut self.texture {
+                texture.set(image, TextureOptions::NEAREST);
+            } else {
+                let texture = ui.ctx().load_texture("heat map", image, TextureOptions::NEAREST);
+                self.texture = Some((ui.ctx().clone(), texture));
             }
             // Keeping the numbers keeps their address from being another grid's.
             self.drawn = Some((drawn, Arc::clone(&grid.cells)));

@@ -6,6 +6,8 @@ use egui_tiles::{Container, Linear, LinearDir, Tile, TileId, Tiles, Tree};
 const LEFT_ABOVE: &[&str] = &["transcript"];
 const LEFT_BELOW: &[&str] = &["change", "compare"];
 const RIGHT_ABOVE: &[&str] = &["routing"];
+/// The tab that is open among those that share a place.
+const FIRST: &str = "latents";
 /// Containers around a pane at most; a kept layout that is deeper is not ours.
 const MAX_DEPTH: usize = 32;
 
@@ -34,7 +36,9 @@ impl Layout {
             (Some(one), None) | (None, Some(one)) => one,
             (None, None) => return Self { tree: Tree::empty(id()) },
         };
-        Self { tree: Tree::new(id(), root, tiles) }
+        let mut layout = Self { tree: Tree::new(id(), root, tiles) };
+        layout.focus(FIRST);
+        layout
     }
 
     /// What [`Layout::to_json`] wrote; `None` if it is damaged or is about other views than these.

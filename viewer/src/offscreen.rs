@@ -12,7 +12,7 @@ use crate::numbers::Table;
 /// Frames that must come out without anything to wait for before the picture is taken: layouts settle in the first ones.
 const CALM_FRAMES: u32 = 4;
 /// How long the device may take for one picture.
-const DEVICE_TIME: Duration = Duration::from_secs(60);
+const DEVICE_TIME: Duration = Duration::from_mins(1);
 /// Work on the store between two frames.
 const STORE_TIME: Duration = Duration::from_millis(100);
 
@@ -33,7 +33,7 @@ pub struct Picture {
 
 impl Default for Picture {
     fn default() -> Self {
-        let timeout = Duration::from_secs(120);
+        let timeout = Duration::from_mins(2);
         Self { size: [1280.0, 800.0], pixels_per_point: 1.0, theme: Theme::Dark, view: None, timeout }
     }
 }
@@ -79,11 +79,9 @@ pub enum Error {
 pub fn picture(app: &mut App, picture: &Picture, setup: WgpuSetup) -> Result<RgbaImage, Error> {
     check_view(app, picture.view.as_deref())?;
     let mut stage = Stage::new(picture, setup)?;
-    wait(app, picture.timeout, CALM_FRAMES, |app| {
-        match &picture.view {
-            Some(view) => stage.frame(|ui| app.view_ui(ui, view)),
-            None => stage.frame(|ui| app.ui(ui)),
-        };
+    wait(app, picture.timeout, CALM_FRAMES, |app| match &picture.view {
+        Some(view) => stage.frame(|ui| app.view_ui(ui, view)),
+        None => stage.frame(|ui| app.ui(ui)),
     })?;
     stage.read()
 }

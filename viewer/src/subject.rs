@@ -68,8 +68,7 @@ impl Subject {
     /// The text of a token as it may stand in a line: white space made visible, `#id` without a tokenizer.
     pub fn piece(&self, id: u32) -> String {
         match self.pieces.get(id as usize) {
-            // The bars and blanks of DeepSeek's special tokens are not in every font.
-            Some(piece) => piece.replace('\n', "¶").replace('\t', "»").replace('｜', "|").replace('▁', "_"),
+            Some(piece) => piece.replace('\n', "¶").replace('\t', "»"),
             None => format!("#{id}"),
         }
     }

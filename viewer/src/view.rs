@@ -46,6 +46,12 @@ pub trait View {
     fn ui(&mut self, ui: &mut egui::Ui, cx: &mut Cx<'_>);
     /// The numbers that it shows, for CSV and npz. May take long.
     fn numbers(&self, cx: &Cx<'_>) -> Vec<Table>;
+    /// Names of its parts, if it has several; the first is shown at first. `--view NAME:PART` chooses another.
+    fn parts(&self) -> &'static [&'static str] {
+        &[]
+    }
+    /// Shows the part of this place in [`View::parts`].
+    fn show_part(&mut self, _part: usize) {}
     /// Whether something is still being computed: a picture taken now would miss it.
     fn is_busy(&self) -> bool {
         false

@@ -187,11 +187,11 @@ fn times_become_a_trace() {
     let bytes = |step: &moewe_viewer::subject::StepInfo, run: &Run| {
         (step.cost.fixed_bytes + run.tokens as u64 * step.cost.token_bytes) as f64
     };
-    export::chrome_trace(store.runs(), &subject, &bytes, &path, false).unwrap();
+    let runs: Vec<Run> = store.runs().iter().map(|run| Run::clone(run)).collect();
+    export::chrome_trace(&runs, &subject, &bytes, &path, false).unwrap();
     let trace: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
     let events = trace["traceEvents"].as_array().unwrap();
     let track = |tid: u64| events.iter().filter(move |event| event["ph"] == "X" && event["tid"] == tid);
-    let runs = store.runs();
     assert_eq!([1, 2, 3].map(|tid| track(tid).count()), [runs.len(), runs.len() * 4, runs.len() * 12]);
     let time = |event: &Value| (event["ts"].as_f64().unwrap(), event["dur"].as_f64().unwrap());
     // Nothing overlaps on a track, and runs come one behind the other.

@@ -79,8 +79,6 @@ fn buffers() -> Vec<Buffer> {
         buffer("scale", DType::F32, Dim::Const(2), Role::Parameter),
         buffer("draft_cache", DType::U32, Dim::Times(Symbol::Pages, 64), Role::Cache),
         buffer("drafted", DType::U32, Dim::Times(Symbol::Rows, 2), Role::Scratch),
-        buffer("told", DType::U32, Dim::Times(Symbol::Tokens, MIX.into()), Role::Scratch),
-        buffer("told_rows", DType::U32, Dim::Times(Symbol::Rows, MIX.into()), Role::Scratch),
     ]
 }
 
@@ -233,21 +231,14 @@ fn program(kind: ProgramKind, max_tokens: u32, max_rows: u32) -> Program {
                 mix_tap,
                 mix_part,
                 make.tap("lens", TapGroup::Lens, Some(0), "copy", 4),
-                make.tap("told", TapGroup::Logits, None, "told", MIX),
-                TapSpec { rows: rows.clone(), ..make.tap("told", TapGroup::Logits, None, "told_rows", MIX) },
+                // Position and slot, of each token and of each wanted row.
+                TapSpec { offset: 1, columns: 2, ..make.tap("told", TapGroup::Logits, None, "copy", 4) },
+                TapSpec { rows: rows.clone(), ..make.tap("told", TapGroup::Logits, None, "row_tokens", 2) },
             ];
-            // The same numbers as in `mix`, elsewhere; the second are right where row i is token i.
-            let told = |buffer: &str, grid: &Dim, tap: u32| {
-                let mut step = make.step("mix", 0, grid.clone(), [0; 4]);
-                *step.bindings.last_mut().expect("it writes") = Binding::Buffer(make.buffer(buffer));
-                Step { label: buffer.into(), only_for: vec![tap], ..step }
-            };
-            let told = [told("told", &tokens, 4), told("told_rows", &rows, 5)];
             let mut steps = vec![write, score, make.step("copy", 0, tokens, [0; 4])];
             steps.push(make.step("edit", 0, rows, params));
             steps.push(Step { only_for: vec![1, 2], ..mix });
             steps.push(Step { only_for: vec![3, 4], ..make.step("tick", 0, Dim::Const(1), [0; 4]) });
-            steps.extend(told);
             steps.extend(sample);
             (steps, taps)
         }

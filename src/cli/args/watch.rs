@@ -139,9 +139,10 @@ pub struct ViewArgs {
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Where to look")]
 pub struct PlaceArgs {
-    /// View to show: transcript, routing, expert, balance, latents, attention, depth, mtp, time, change, compare
-    #[arg(long, value_name = "NAME")]
-    pub view: Option<String>,
+    /// View to show: transcript, routing, expert, balance, latents, attention, depth, mtp, time, change, compare; a part of
+    /// it as in routing:texts, balance:placement, latents:projection
+    #[arg(long, value_name = "NAME[:PART]")]
+    view: Option<String>,
     /// Text, by name or number [default: the first]
     #[arg(long, value_name = "TEXT")]
     pub text: Option<String>,
@@ -166,6 +167,18 @@ pub struct PlaceArgs {
     /// Colours of maps
     #[arg(long, value_enum, default_value_t)]
     pub palette: PaletteArg,
+}
+
+impl PlaceArgs {
+    /// The view.
+    pub fn view_name(&self) -> Option<&str> {
+        self.view.as_deref().map(|view| view.split_once(':').map_or(view, |(name, _)| name))
+    }
+
+    /// The part of it.
+    pub fn part(&self) -> Option<&str> {
+        Some(self.view.as_deref()?.split_once(':')?.1)
+    }
 }
 
 /// Colours of maps.

@@ -24,7 +24,7 @@ const SLICE: Duration = Duration::from_millis(50);
 /// Pause between two looks at a source that has nothing yet.
 const PAUSE: Duration = Duration::from_millis(2);
 
-/// The device that draws is the one that computes.
+/// What draws.
 pub fn setup(handles: &Handles) -> WgpuSetup {
     WgpuSetup::Existing(WgpuSetupExisting {
         instance: handles.instance.clone(),
@@ -144,7 +144,7 @@ pub fn write(args: &ViewArgs, mut app: App, handles: &Handles) -> anyhow::Result
     read_all(&mut app)?;
     anyhow::ensure!(!app.store().sequences().is_empty(), "{}: there is no text in it", args.model.path().display());
     select_texts(&mut app, &args.place)?;
-    let view = args.place.view.as_deref();
+    let view = args.place.view_name();
     if let (Some(view), true) = (view, files.csv.is_some() || files.npz.is_some()) {
         let tables = numbers(&mut app, view, PATIENCE)?;
         if let Some(path) = &files.csv {

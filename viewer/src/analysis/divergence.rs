@@ -73,12 +73,19 @@ pub fn first_difference(a: &[Token], b: &[Token]) -> Option<usize> {
     a.iter().zip(b).position(|(a, b)| a.id != b.id)
 }
 
-/// The position from which on two versions of one text may differ, by what their parents say; `None` if neither is, or
-/// comes from, a version of the other or of the same text.
+/// The position from which on two versions of one text may differ: by what their parents say, or the end of a prompt
+/// that both have. `None` for other texts.
 pub fn branch(store: &Store, a: u32, b: u32) -> Option<u32> {
-    let (a, b) = (ancestors(store, a), ancestors(store, b));
-    let common = |&(number, at): &(u32, u32)| b.iter().find(|of_b| of_b.0 == number).map(|of_b| at.min(of_b.1));
-    a.iter().find_map(common)
+    let (of_a, of_b) = (ancestors(store, a), ancestors(store, b));
+    let common = |&(number, at): &(u32, u32)| of_b.iter().find(|of_b| of_b.0 == number).map(|of_b| at.min(of_b.1));
+    of_a.iter().find_map(common).or_else(|| {
+        let prompt = |number: u32| {
+            let sequence = store.sequence(number)?;
+            sequence.tokens.get(..sequence.info.prompt_tokens as usize).filter(|prompt| !prompt.is_empty())
+        };
+        let prompt = prompt(a).filter(|of_a| prompt(b).is_some_and(|of_b| *of_a == of_b))?;
+        Some(prompt.len() as u32)
+    })
 }
 
 /// A text, its parent and so on, each with the position up to which it is surely the same as the text.

@@ -110,6 +110,20 @@ impl Sums {
     }
 }
 
+/// Tokens of a text whose routing in a layer is held, and the percent of them that each expert got, `[experts]`.
+pub fn shares(sequence: &Sequence, layer: u32, experts: usize) -> (u32, Vec<f32>) {
+    let (mut tokens, mut counts) = (0, vec![0u32; experts]);
+    for (ids, _) in (0..sequence.tokens.len()).filter_map(|position| sequence.routing(layer, position)) {
+        tokens += 1;
+        for &id in ids {
+            if let Some(count) = counts.get_mut(id as usize) {
+                *count += 1;
+            }
+        }
+    }
+    (tokens, counts.iter().map(|&count| count as f32 / tokens.max(1) as f32 * 100.0).collect())
+}
+
 /// How bright the experts of a layer are at a token: their weights there, or what is left of an older one's that faded by
 /// a constant factor a token until less than 1/16 is left after `fade` tokens. `[experts]`, the largest of each.
 pub fn glow(sequence: &Sequence, layer: u32, experts: usize, position: usize, fade: usize) -> Vec<f32> {

@@ -156,16 +156,13 @@ fn stepper(ui: &mut Ui, name: &str, value: &mut Option<u32>, count: u32, keys: &
         };
         button(ui, "‹", format!("previous {lower}"), -1);
         button(ui, "›", format!("next {lower}"), 1);
-        match value {
-            Some(number) => {
-                ui.add(DragValue::new(number).range(0..=count.saturating_sub(1)).speed(0.2)).labelled_by(title.id);
-            }
-            None => {
-                let all = ui.button(RichText::new("all").weak());
-                label(&all, &format!("all {lower}s"));
-                if all.on_hover_text(format!("choose one {lower}")).clicked() {
-                    *value = step(None, 1, count);
-                }
+        if let Some(number) = value {
+            ui.add(DragValue::new(number).range(0..=count.saturating_sub(1)).speed(0.2)).labelled_by(title.id);
+        } else {
+            let all = ui.button(RichText::new("all").weak());
+            label(&all, &format!("all {lower}s"));
+            if all.on_hover_text(format!("choose one {lower}")).clicked() {
+                *value = step(None, 1, count);
             }
         }
     });

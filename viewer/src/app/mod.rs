@@ -44,6 +44,9 @@ pub struct Options {
     pub request: Request,
     /// Tokens a second of a recording that plays.
     pub speed: f64,
+    /// Time between two frames that are drawn only because there is news. A software driver needs the processor for a
+    /// frame that the model wants, too.
+    pub pace: Duration,
     /// How numbers become files.
     pub exports: Exports,
     /// Where files are written, if the user does not say otherwise.
@@ -59,6 +62,7 @@ impl Default for Options {
             palette: Palette::default(),
             request: Request { max_new_tokens: 64, ..Request::default() },
             speed: 20.0,
+            pace: Duration::from_millis(16),
             exports: Exports::default(),
             folder: PathBuf::from("."),
         }
@@ -90,6 +94,7 @@ pub struct App {
     is_returning: bool,
     /// Names of the views that the last frame drew.
     drawn: Vec<&'static str>,
+    pace: Duration,
     is_woken: bool,
     bar: bar::Bar,
     drive: drive::Drive,
@@ -117,6 +122,7 @@ impl App {
             later: None,
             is_returning: false,
             drawn: Vec::new(),
+            pace: options.pace,
             is_woken: false,
             bar: bar::Bar::default(),
             drive: drive::Drive::new(options.request, options.speed),
@@ -176,6 +182,20 @@ impl App {
     /// Hides a view, or shows it where it was.
     pub fn set_shown(&mut self, view: &str, shown: bool) {
         self.layout.set_shown(view, shown);
+    }
+
+    /// Shows a part of a view; whether there is such a view with such a part.
+    pub fn show_part(&mut self, view: &str, part: &str) -> bool {
+        let view = self.views.iter_mut().find(|of| of.name() == view);
+        let place = view.as_ref().and_then(|view| view.parts().iter().position(|name| *name == part));
+        let (Some(view), Some(place)) = (view, place) else { return false };
+        view.show_part(place);
+        true
+    }
+
+    /// Names of a view's parts.
+    pub fn parts(&self, view: &str) -> &'static [&'static str] {
+        self.views.iter().find(|of| of.name() == view).map_or(&[], |view| view.parts())
     }
 
     /// Whether a view has not been hidden.
@@ -252,8 +272,8 @@ impl App {
             let doing = if status.doing.is_empty() { "the source has more to give" } else { &status.doing };
             return Some(doing.to_owned());
         }
-        let busy = |view: &&Box<dyn View>| self.drawn.contains(&view.name()) && view.is_busy();
-        self.views.iter().find(busy).map(|view| format!("the view {} computes", view.name()))
+        let mut drawn = self.views.iter().filter(|view| self.drawn.contains(&view.name()));
+        drawn.find(|view| view.is_busy()).map(|view| format!("the view {} computes", view.name()))
     }
 
     /// Draws everything.
@@ -266,7 +286,9 @@ impl App {
         if is_live || is_recording {
             egui::Panel::bottom("drive").show(ui, |ui| drive::ui(self, ui, &status));
         }
-        let panes = egui::CentralPanel::default().frame(egui::Frame::NONE).show(ui, |ui| panes::ui(self, ui, is_live));
+        let panes = egui::CentralPanel::default()
+            .frame(egui::Frame::NONE.fill(ui.visuals().panel_fill))
+            .show(ui, |ui| panes::ui(self, ui, is_live));
         help::ui(self, ui.ctx());
         save::ui(self, ui.ctx());
         notices::ui(&mut self.notices, ui.ctx(), panes.response.rect);
@@ -315,7 +337,8 @@ impl App {
     fn begin(&mut self, ctx: &egui::Context) {
         if !self.is_woken {
             let ctx = ctx.clone();
-            self.source.set_wake(Box::new(move || ctx.request_repaint()));
+            let pace = self.pace;
+            self.source.set_wake(Box::new(move || ctx.request_repaint_after(pace)));
             self.is_woken = true;
         }
         if !self.poll(STORE_TIME) {

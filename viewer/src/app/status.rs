@@ -44,7 +44,7 @@ impl Speedometer {
 pub(super) fn ui(app: &mut App, ui: &mut Ui, status: &Status) {
     ui.horizontal(|ui| {
         if status.busy {
-            spinner(ui);
+            spinner(ui, app.pace);
         }
         let is_shown = status.progress.is_none_or(|(shown, there)| shown >= there);
         let doing = match (status.doing.as_str(), status.busy, status.is_live) {
@@ -91,14 +91,14 @@ fn store(app: &App, ui: &mut Ui) {
 }
 
 /// A small turning arc. It asks for a new frame only ten times a second, unlike egui's.
-fn spinner(ui: &mut Ui) {
+fn spinner(ui: &mut Ui, pace: Duration) {
     let (place, response) = ui.allocate_exact_size(vec2(12.0, 12.0), Sense::hover());
     response.widget_info(|| egui::WidgetInfo::labeled(egui::Role::ProgressIndicator, true, "busy"));
     let turn = (ui.input(|input| input.time) * 10.0).floor() as f32 * 0.6;
     let points: Vec<egui::Pos2> =
         (0..=12).map(|i| place.center() + 5.0 * egui::Vec2::angled(turn + i as f32 * 0.35)).collect();
     ui.painter().add(Shape::line(points, Stroke::new(1.5, ui.visuals().text_color())));
-    ui.ctx().request_repaint_after(Duration::from_millis(100));
+    ui.ctx().request_repaint_after(pace.max(Duration::from_millis(100)));
 }
 
 /// Bytes as people write them.

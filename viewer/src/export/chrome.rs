@@ -14,10 +14,10 @@ const RUNS: u32 = 1;
 const LAYERS: u32 = 2;
 const STEPS: u32 = 3;
 
-/// Writes timed runs as a trace in Chrome's format (JSON), for <https://ui.perfetto.dev>. There are three tracks: runs,
-/// layers, steps. A step tells its kernel, layer, the bytes that it moved according to `bytes`, the time that this takes at
-/// least (`floor_us`, if the device's speed is known) and how often the floor fits into its duration. What lies between
-/// two runs was not measured: they are put one behind the other.
+/// Writes timed runs as a trace in Chrome's format (JSON), for <https://ui.perfetto.dev>. There are three tracks:
+/// runs, layers, steps. A step tells its kernel, layer, the bytes that it moved according to `bytes`, the time that
+/// this takes at least (`floor_us`, if the device's speed is known) and how often the floor fits into its duration.
+/// What lies between two runs was not measured: they are put one behind the other.
 ///
 /// # Errors
 /// [`Error::Nothing`] if no run was timed, [`Error::Exists`], [`Error::Write`].

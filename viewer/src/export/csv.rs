@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use super::{Error, write_file};
 use crate::numbers::{Cells, Table};
 
-/// Writes tables as CSV, one file each, and returns the files. A path that ends in `.csv` is the file of a single table;
-/// several become `PATH.NAME.csv` beside it. Any other path is a directory, which is made if need be, with `NAME.csv` in it.
+/// Writes tables as CSV, one file each, and returns the files. A path that ends in `.csv` is the file of a single
+/// table; several become `PATH.NAME.csv` beside it. Any other path is a directory, which is made if need be, with
+/// `NAME.csv` in it.
 ///
 /// A file has a line for each place along all dimensions but the last, which is spread over the columns:
 /// `token,expert 0,expert 1,…`. A list has a line for each item.

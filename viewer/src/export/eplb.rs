@@ -9,9 +9,9 @@ use super::npz::write_arrays;
 use crate::store::Store;
 use crate::subject::Subject;
 
-/// Writes what EPLB's `rebalance_experts(weight, num_replicas, num_groups, num_nodes, num_gpus)` takes: `weight` (int64
-/// `[layers, experts]`, tokens that each expert got over everything that was seen), beside it `layers` (int32, which layer
-/// each row is) and `metadata` (JSON as bytes: the model, its groups, how many tokens each layer saw).
+/// Writes what EPLB's `rebalance_experts(weight, num_replicas, num_groups, num_nodes, num_gpus)` takes: `weight`
+/// (int64 `[layers, experts]`, tokens that each expert got over everything that was seen), beside it `layers` (int32,
+/// which layer each row is) and `metadata` (JSON as bytes: the model, its groups, how many tokens each layer saw).
 ///
 /// ```python
 /// file = numpy.load("load.npz")

@@ -14,8 +14,8 @@ use super::csv::free_name;
 use super::{Error, write_file};
 use crate::numbers::{Cells, Table};
 
-/// Writes tables as arrays of an npz file (`numpy.load`), by their names: floats as float32, integers as int64. Words are
-/// left out.
+/// Writes tables as arrays of an npz file (`numpy.load`), by their names: floats as float32, integers as int64. Words
+/// are left out.
 ///
 /// # Errors
 /// [`Error::Nothing`] if no table has numbers, [`Error::Exists`], [`Error::Write`].

@@ -8,9 +8,10 @@ use crate::store::Sequence;
 use crate::subject::Subject;
 
 /// Writes the chosen experts of a text as vLLM returns them with `enable_return_routed_experts`:
-/// `prompt_routed_experts` (int16 `[prompt tokens, mixture-of-experts layers, num_experts_per_tok]`) and `routed_experts`
-/// (the same for generated tokens), the best expert first; −1 where nothing was seen, as at the last token, which no pass
-/// has read. Beside them `prompt_token_ids` and `token_ids` (int32) and `layers` (int32, which layers these are).
+/// `prompt_routed_experts` (int16 `[prompt tokens, mixture-of-experts layers, num_experts_per_tok]`) and
+/// `routed_experts` (the same for generated tokens), the best expert first; −1 where nothing was seen, as at the last
+/// token, which no pass has read. Beside them `prompt_token_ids` and `token_ids` (int32) and `layers` (int32, which
+/// layers these are).
 ///
 /// # Errors
 /// [`Error::Nothing`] if no routing of the text is held or an expert's number does not fit, [`Error::Exists`],

@@ -1,6 +1,6 @@
 //! Recordings: one file that holds what a source told, to be shown again later. The format is described in
-//! `docs/recording.md`: a line of JSON about the model, then chunks of a line of JSON and a safetensors file each. A chunk
-//! is written at once and sealed with a hash, so that what stood in the file before a crash or a damage can be read.
+//! `docs/recording.md`: a line of JSON about the model, then chunks of a line of JSON and a safetensors file each. A
+//! chunk is written at once and sealed with a hash, so that what stood in the file before a crash can be read.
 
 mod chunk;
 mod decode;

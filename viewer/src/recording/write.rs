@@ -19,9 +19,9 @@ use crate::subject::Subject;
 const LATEST: Duration = Duration::from_secs(1);
 
 /// Writes a recording. [`Recorder::push`] copies an event into the chunk that is being filled and returns; a thread of
-/// the recorder's own turns full chunks into bytes and writes them. There is one chunk being filled and one being written:
-/// if the disk is so slow that the first is full before the second is written, `push` waits, for a recording must not lose
-/// anything silently. How long it waited is told at the end.
+/// the recorder's own turns full chunks into bytes and writes them. There is one chunk being filled and one being
+/// written: if the disk is so slow that the first is full before the second is written, `push` waits, for a recording
+/// must not lose anything silently. How long it waited is told at the end.
 ///
 /// A recorder that is dropped writes what it has; only [`Recorder::finish`] says whether that worked.
 pub struct Recorder {
@@ -103,8 +103,8 @@ impl Recorder {
         Ok(Self::start(path, subject.clone(), file, (head.len() + chunk.len()) as u64, (0, 0)))
     }
 
-    /// Goes on with a recording behind its last chunk; a chunk that was cut off is removed. Numbers of texts and frames go
-    /// on behind those that there are.
+    /// Goes on with a recording behind its last chunk; a chunk that was cut off is removed. Numbers of texts and frames
+    /// go on behind those that there are.
     ///
     /// # Errors
     /// As [`super::Recording::open`] and [`Recorder::create`]; [`Error::OtherSubject`] if the recording is of another
@@ -151,8 +151,8 @@ impl Recorder {
     /// Takes in what happened.
     ///
     /// # Errors
-    /// [`Error::Write`] if writing failed, now or before; then nothing more is written. [`Error::Event`] for an event that
-    /// makes no sense (a token of a text that never began, numbers that do not fit): it alone is left out.
+    /// [`Error::Write`] if writing failed, now or before; then nothing more is written. [`Error::Event`] for an event
+    /// that makes no sense (a token of a text that never began, numbers that do not fit): it alone is left out.
     pub fn push(&mut self, event: &Event) -> Result<(), Error> {
         let told = self.take(event);
         told.map_err(|error| match error {

@@ -135,6 +135,14 @@ impl View for Attention {
         }
     }
 
+    fn parts(&self) -> &'static [&'static str] {
+        &["text", "map", "heads"]
+    }
+
+    fn show_part(&mut self, part: usize) {
+        self.mode = [Mode::Text, Mode::Map, Mode::Heads].get(part).copied().unwrap_or_default();
+    }
+
     fn numbers(&self, cx: &Cx<'_>) -> Vec<Table> {
         let layer = cx.selection.layer;
         let Some(sequence) = cx.sequence() else { return Vec::new() };

@@ -86,6 +86,14 @@ impl View for BalanceView {
         }
     }
 
+    fn parts(&self) -> &'static [&'static str] {
+        &["load", "layers", "placement"]
+    }
+
+    fn show_part(&mut self, part: usize) {
+        self.page = [Page::Load, Page::Layers, Page::Placement].get(part).copied().unwrap_or_default();
+    }
+
     fn numbers(&self, cx: &Cx<'_>) -> Vec<Table> {
         let cluster = self.placement.cluster(cx.subject);
         let report = report::report(&report::loads(cx.store, cx.subject), cx.subject, self.measure, &cluster);

@@ -114,6 +114,14 @@ impl View for Depth {
         }
     }
 
+    fn parts(&self) -> &'static [&'static str] {
+        &["token", "text"]
+    }
+
+    fn show_part(&mut self, part: usize) {
+        self.mode = [Mode::Token, Mode::Text].get(part).copied().unwrap_or_default();
+    }
+
     fn numbers(&self, cx: &Cx<'_>) -> Vec<Table> {
         let Some(sequence) = cx.sequence() else { return Vec::new() };
         let lens = Lens::of(sequence);

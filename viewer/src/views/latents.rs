@@ -161,6 +161,17 @@ impl View for LatentsView {
         }
     }
 
+    fn parts(&self) -> &'static [&'static str] {
+        &["map", "norms", "similarity", "projection", "bytes"]
+    }
+
+    fn show_part(&mut self, part: usize) {
+        self.page = [Page::Map, Page::Norms, Page::Similarity, Page::Projection, Page::Bytes]
+            .get(part)
+            .copied()
+            .unwrap_or_default();
+    }
+
     fn numbers(&self, cx: &Cx<'_>) -> Vec<Table> {
         let mut tables = bytes::tables(cx);
         let key = self.cached.key(cx.selection.layer);

@@ -185,6 +185,14 @@ impl View for Mtp {
         }
     }
 
+    fn parts(&self) -> &'static [&'static str] {
+        &["text", "counts"]
+    }
+
+    fn show_part(&mut self, part: usize) {
+        self.mode = [Mode::Text, Mode::Counts].get(part).copied().unwrap_or_default();
+    }
+
     fn numbers(&self, cx: &Cx<'_>) -> Vec<Table> {
         let Some(sequence) = cx.sequence() else { return Vec::new() };
         let seen = look(&along(cx.store), sequence.info.number, self.part, cx.subject);

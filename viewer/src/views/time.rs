@@ -202,6 +202,14 @@ impl View for Time {
         (self.mode, self.pass, self.last) = (mode, pass, last);
     }
 
+    fn parts(&self) -> &'static [&'static str] {
+        &["kernels", "layers", "run", "history"]
+    }
+
+    fn show_part(&mut self, part: usize) {
+        self.mode = [Mode::Kernels, Mode::Layers, Mode::Run, Mode::History].get(part).copied().unwrap_or_default();
+    }
+
     fn numbers(&self, cx: &Cx<'_>) -> Vec<Table> {
         let runs: Vec<Arc<Run>> = cx.store.runs().iter().cloned().collect();
         if runs.is_empty() {

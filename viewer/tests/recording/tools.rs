@@ -68,8 +68,8 @@ pub fn store(subject: &Subject, events: &[Event]) -> Store {
     store
 }
 
-/// Events as text: bits instead of floats, so that NaN equals itself; without tensors that have no rows, which no recording
-/// holds; tensors by name.
+/// Events as text: bits instead of floats, so that NaN equals itself; without tensors that have no rows, which no
+/// recording holds; tensors by name.
 pub fn comparable(events: &[Event]) -> Vec<String> {
     let tensor = |tensor: &FrameTensor| {
         let numbers = match &tensor.data {

@@ -1,8 +1,5 @@
 //! The whole window, with views that show little.
 
-use std::cell::RefCell;
-use std::collections::VecDeque;
-use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use egui::accesskit::Role;
@@ -10,154 +7,16 @@ use egui::{Key, Modifiers};
 use egui_kittest::kittest::{NodeT, Queryable};
 use egui_kittest::{Harness, SnapshotOptions};
 use moewe_viewer::app::{App, Exports, Options, StoreExport};
-use moewe_viewer::heat::{Grid, HeatMap, Scale, Spec};
+use moewe_viewer::heat::HeatMap;
 use moewe_viewer::numbers::Table;
 use moewe_viewer::offscreen::{self, Picture};
 use moewe_viewer::selection::Selection;
-use moewe_viewer::source::{Command, Event, Notice, Prompt, Replay, Request, Source, Status};
+use moewe_viewer::source::{Command, Event, Notice, Prompt, Request, Source};
 use moewe_viewer::store::{SequenceInfo, Token};
 use moewe_viewer::synthetic::{Shape, Synthetic};
-use moewe_viewer::view::{Cx, View};
+use moewe_viewer::view::View;
 
-/// Says what is selected, and shows weights of experts by token.
-struct Plain {
-    name: &'static str,
-    map: HeatMap,
-}
-
-impl Plain {
-    fn grid(cx: &Cx<'_>) -> Option<Grid> {
-        let (sequence, experts) = (cx.sequence()?, cx.subject.model.experts as usize);
-        let mut cells = vec![0.0; sequence.tokens.len() * experts];
-        for at in 0..sequence.tokens.len() {
-            let Some((ids, weights)) = sequence.routing(cx.selection.layer, at) else { continue };
-            for (id, weight) in ids.iter().zip(weights) {
-                cells[at * experts + *id as usize] = *weight;
-            }
-        }
-        Some(Grid::from_zero(sequence.tokens.len(), experts, cells))
-    }
-}
-
-impl View for Plain {
-    fn name(&self) -> &'static str {
-        self.name
-    }
-
-    fn about(&self) -> &'static str {
-        "Shows weights of experts, token by token."
-    }
-
-    fn ui(&mut self, ui: &mut egui::Ui, cx: &mut Cx<'_>) {
-        let Some(grid) = Self::grid(cx) else {
-            ui.weak("no text yet");
-            return;
-        };
-        ui.label(format!("{} shows {:?}", self.name, cx.selection));
-        let spec = Spec {
-            name: self.name,
-            row_axis: "token",
-            column_axis: "expert",
-            unit: "weight",
-            scale: Scale::Sequential(cx.palette),
-            row: cx.selection.token.map(|token| token as usize),
-            column: cx.selection.expert.map(|expert| expert as usize),
-            column_groups: 8,
-            tooltip: &|row, column| format!("token {row}, expert {column}"),
-            height: ui.available_height() - 60.0,
-        };
-        if let Some((row, column)) = self.map.show(ui, &grid, &spec).chosen {
-            cx.selection.token = Some(row as u32);
-            cx.selection.expert = Some(column as u32);
-        }
-    }
-
-    fn numbers(&self, cx: &Cx<'_>) -> Vec<Table> {
-        let grid = Self::grid(cx).expect("a text");
-        vec![Table::floats("weights", &[("token", grid.rows), ("expert", grid.columns)], grid.cells.to_vec())]
-    }
-}
-
-/// A view that computes for ever.
-struct Busy;
-
-impl View for Busy {
-    fn name(&self) -> &'static str {
-        "busy"
-    }
-    fn about(&self) -> &'static str {
-        "Computes for ever."
-    }
-    fn ui(&mut self, _ui: &mut egui::Ui, _cx: &mut Cx<'_>) {}
-    fn numbers(&self, _cx: &Cx<'_>) -> Vec<Table> {
-        Vec::new()
-    }
-    fn is_busy(&self) -> bool {
-        true
-    }
-}
-
-/// A live source or a recording that does what a test tells it, and notes what it was told.
-#[derive(Default)]
-struct Told {
-    events: VecDeque<Event>,
-    status: Status,
-    commands: Vec<Command>,
-    is_recording: bool,
-    shown: u64,
-    speed: f64,
-}
-
-#[derive(Clone, Default)]
-struct Puppet(Rc<RefCell<Told>>);
-
-impl Source for Puppet {
-    fn poll(&mut self) -> Vec<Event> {
-        self.0.borrow_mut().events.drain(..).collect()
-    }
-    fn send(&mut self, command: Command) {
-        self.0.borrow_mut().commands.push(command);
-    }
-    fn status(&self) -> Status {
-        self.0.borrow().status.clone()
-    }
-    fn set_wake(&mut self, _wake: Box<dyn Fn() + Send + Sync>) {}
-    fn replay(&mut self) -> Option<&mut dyn Replay> {
-        let is_recording = self.0.borrow().is_recording;
-        is_recording.then_some(self as &mut dyn Replay)
-    }
-}
-
-impl Replay for Puppet {
-    fn len(&self) -> u64 {
-        96
-    }
-    fn position(&self) -> u64 {
-        self.0.borrow().shown
-    }
-    fn seek(&mut self, position: u64) {
-        let mut told = self.0.borrow_mut();
-        let all: Vec<Event> = Shape::small().events().collect();
-        let token = |event: &Event| matches!(event, Event::Token { .. });
-        if position < told.shown {
-            told.events = [Event::Reset].into();
-            told.shown = 0;
-        }
-        let from = told.shown;
-        let tokens = all.iter().filter(|event| token(event)).skip(from as usize).take((position - from) as usize);
-        if from == 0 {
-            told.events.push_back(all[0].clone());
-        }
-        told.events.extend(tokens.cloned());
-        told.shown = position;
-    }
-    fn set_speed(&mut self, tokens_per_second: f64) {
-        self.0.borrow_mut().speed = tokens_per_second;
-    }
-    fn speed(&self) -> f64 {
-        self.0.borrow().speed
-    }
-}
+use crate::puppets::{Busy, Plain, Puppet};
 
 const NAMES: [&str; 6] = ["transcript", "routing", "expert", "balance", "mtp", "change"];
 
@@ -525,8 +384,8 @@ fn every_view_is_drawn_in_its_pane() {
 fn numbers_are_saved_under_a_new_name() {
     let folder = tempfile::tempdir().expect("a folder");
     let write = |tables: &[Table], path: &std::path::Path| {
-        let text = tables.iter().map(|table| format!("{} {:?}", table.name, table.shape)).collect::<String>();
-        std::fs::write(path, text).map_err(|wrong| wrong.to_string())
+        let text: Vec<String> = tables.iter().map(|table| format!("{} {:?}", table.name, table.shape)).collect();
+        std::fs::write(path, text.join("\n")).map_err(|wrong| wrong.to_string())
     };
     let whole = StoreExport {
         name: "Trace".into(),
@@ -596,7 +455,8 @@ fn pictures_that_cannot_be_drawn_say_why() {
         fail(none),
         "there is no view \"rooting\"; the views are transcript, routing, expert, balance, mtp, change"
     );
-    for size in [[0.0, 10.0], [f32::NAN, 10.0], [1e9, 10.0], [10.0, -5.0], [10.0, f32::INFINITY]] {
+    let sizes = [[0.0, 10.0], [f32::NAN, 10.0], [1e9, 10.0], [10.0, -5.0], [10.0, f32::INFINITY]];
+    for size in sizes {
         assert!(fail(Picture { size, ..Picture::default() }).contains("cannot be drawn"), "{size:?}");
     }
     let options = Options { views: vec![Box::new(Busy)], ..options() };

@@ -11,6 +11,7 @@ mod expert;
 mod harness;
 mod latents;
 mod mtp;
+mod puppets;
 mod routing;
 mod time;
 mod transcript;

@@ -1,6 +1,7 @@
 //! Which tokens go to which experts: along the text, along the layers, and as a lattice that lights up.
 
 mod lattice;
+mod texts;
 
 use egui::Ui;
 use moewe_plan::TapGroup;
@@ -25,6 +26,7 @@ enum Mode {
     Lattice,
     Tokens,
     Layers,
+    Texts,
 }
 
 /// What the map of layers tells.
@@ -53,6 +55,7 @@ pub struct Routing {
     mode: Mode,
     of: Of,
     lattice: lattice::Lattice,
+    texts: texts::Texts,
     tokens: Latest<TokensKey, Grid>,
     tokens_map: HeatMap,
     layers: Latest<LayersKey, LayerMaps>,
@@ -85,11 +88,14 @@ impl View for Routing {
                 (Mode::Lattice, "lattice", "The experts of a layer as squares that light up for a token."),
                 (Mode::Tokens, "tokens × experts", "A row for each token of the text, a column for each expert."),
                 (Mode::Layers, "layers × experts", "A row for each layer: one token's way, or the whole text's."),
+                (Mode::Texts, "texts × experts", "A row for each text: which experts of a layer its tokens are given."),
             ] {
                 ui.selectable_value(&mut self.mode, mode, name).on_hover_text(hint);
             }
             ui.separator();
-            choose::text(ui, cx);
+            if self.mode != Mode::Texts {
+                choose::text(ui, cx);
+            }
             if self.mode != Mode::Layers {
                 layer = choose::layer(ui, cx).unwrap_or(shown);
             }
@@ -104,7 +110,16 @@ impl View for Routing {
             Mode::Lattice => self.lattice.ui(ui, cx, sequence, layer),
             Mode::Tokens => self.tokens(ui, cx, sequence, layer),
             Mode::Layers => self.layers(ui, cx, sequence),
+            Mode::Texts => self.texts.ui(ui, cx, layer),
         }
+    }
+
+    fn parts(&self) -> &'static [&'static str] {
+        &["lattice", "tokens", "layers", "texts"]
+    }
+
+    fn show_part(&mut self, part: usize) {
+        self.mode = [Mode::Lattice, Mode::Tokens, Mode::Layers, Mode::Texts].get(part).copied().unwrap_or_default();
     }
 
     fn numbers(&self, cx: &Cx<'_>) -> Vec<Table> {
@@ -134,7 +149,7 @@ impl View for Routing {
     }
 
     fn is_busy(&self) -> bool {
-        self.tokens.is_busy() || self.layers.is_busy()
+        self.tokens.is_busy() || self.layers.is_busy() || self.texts.is_busy()
     }
 }
 
