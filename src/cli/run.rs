@@ -70,6 +70,10 @@ pub fn run(args: &RunArgs) -> anyhow::Result<()> {
             if let Some(name) = &prompt.name {
                 result["name"] = json!(name);
             }
+            let edits = args.edits.edits();
+            if !edits.is_empty() {
+                result["edits"] = json!(edits.iter().map(ToString::to_string).collect::<Vec<_>>());
+            }
             results.push(result);
         } else {
             output::write("\n")?;

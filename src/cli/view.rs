@@ -65,7 +65,7 @@ fn recorded(args: &ViewArgs, path: &Path) -> anyhow::Result<()> {
 fn open_recording(path: &Path) -> anyhow::Result<(Box<dyn Source>, Subject)> {
     let (recording, warnings) = Recording::open(path)?;
     for warning in warnings {
-        output::note(&format!("moewe: warning: {warning}"));
+        output::note(&format!("moewe: warning: {}: {warning}", path.display()));
     }
     let subject = recording.subject().clone();
     Ok((Box::new(recording), subject))

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use moewe_viewer::app::{App, Options};
 use moewe_viewer::offscreen::{Picture, Stage};
+use moewe_viewer::store::Store;
 use moewe_viewer::synthetic::{Shape, Synthetic};
 
 /// Frames that are measured.
@@ -47,6 +48,37 @@ fn main() {
     }
     measure(&mut app, &mut stage, "another token each frame", true);
     println!("\n{} MiB resident", resident());
+    drop((app, stage));
+    an_hour();
+}
+
+/// Memory while a model of that size writes for an hour at 20 tokens a second, with routing and latents watched.
+fn an_hour() {
+    const TOKENS: u32 = 72_000;
+    let shape = Shape {
+        texts: vec![("hour".into(), TOKENS)],
+        taps: "routing,latents".parse().expect("groups"),
+        ..Shape::full()
+    };
+    let mut store = Store::new(shape.experts.0, Options::default().budget);
+    let mut most = 0;
+    let mut worst = Duration::ZERO;
+    for event in shape.events() {
+        let started = Instant::now();
+        store.apply(event);
+        worst = worst.max(started.elapsed());
+        most = most.max(store.memory().0);
+    }
+    let load: u64 = store.load(30).map_or(0, |load| load.tokens.iter().sum());
+    assert_eq!(load, u64::from(TOKENS) * u64::from(shape.experts.1), "running totals lose nothing");
+    println!(
+        "an hour, {TOKENS} tokens: at most {} MiB held, {} blocks of rows let go, {} MiB resident; {:.2} ms for the \
+         slowest of its frames of 64 tokens",
+        most >> 20,
+        store.lost().0,
+        resident(),
+        worst.as_secs_f64() * 1e3
+    );
 }
 
 fn tokens(shape: &Shape) -> u32 {

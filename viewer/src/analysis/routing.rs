@@ -281,6 +281,8 @@ mod tests {
             let chosen = (0..96).filter(|&at| column(at) > 0.0).count();
             assert!((sums.chosen[64 + expert] - chosen as f32).abs() < 0.5);
             assert!((sums.percent(32)[64 + expert] - chosen as f32 / 0.96).abs() < 1e-4);
+            let (tokens, shares) = shares(sequence, 2, 32);
+            assert!(tokens == 96 && (shares[expert] - chosen as f32 / 0.96).abs() < 1e-4);
             assert!((sums.weights[64 + expert] - (0..96).map(column).sum::<f32>()).abs() < 1e-3);
         }
         for position in [0, 95] {
@@ -289,6 +291,7 @@ mod tests {
             assert!(layers[0].is_nan());
         }
         assert!(by_layer(sequence, 4, 32, 96).iter().all(|cell| cell.is_nan()));
+        assert_eq!(shares(sequence, 0, 32), (0, vec![0.0; 32]), "nothing is known of a dense layer");
     }
 
     fn frame(ids: Vec<u32>, weights: Vec<f32>, more: Option<FrameTensor>) -> TapFrame {

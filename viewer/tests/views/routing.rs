@@ -45,8 +45,22 @@ fn maps_look() {
         picture(&mut harness, &format!("routing-layers{name}"));
         press(&mut harness, "share of tokens");
         picture(&mut harness, &format!("routing-share{name}"));
+        press(&mut harness, "texts × experts");
+        picture(&mut harness, &format!("routing-texts{name}"));
         results.extend_harness(&mut harness);
     }
+}
+
+#[test]
+fn a_text_and_an_expert_are_chosen_in_the_map_of_texts() {
+    let mut harness = open(&Shape::small(), Theme::Dark);
+    press(&mut harness, "texts × experts");
+    let row = harness.get_by_label("experts of layer 2 in rust").rect();
+    click(&mut harness, row.min + egui::vec2(row.width() * 10.5 / 32.0, 8.0));
+    assert_eq!(harness.state().selection.sequence, 1);
+    assert_eq!(selected(&harness), (Some(20), 2, Some(10)));
+    press(&mut harness, "math");
+    assert_eq!((harness.state().selection.sequence, selected(&harness).0), (2, None));
 }
 
 #[test]
