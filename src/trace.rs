@@ -46,8 +46,11 @@ pub fn trace(
     chunk: Option<usize>,
     wanted: &dyn Fn(&str) -> bool,
 ) -> Result<Tensors, Error> {
+    // What drafts come to is no tensor of spec §10; their logits are.
+    let is_draft = |name: &str| name.starts_with("mtp.") && (name.ends_with(".ids") || name.ends_with(".probs"));
+    let wanted = |name: &str| wanted(name) && !is_draft(name);
     let sequence = session.add_sequence(tokens, Sampling::default())?;
-    let traced = trace_sequence(session, sequence, tokens, chunk, wanted);
+    let traced = trace_sequence(session, sequence, tokens, chunk, &wanted);
     session.remove_sequence(sequence)?;
     let mut tensors = traced?;
     sort_experts(&mut tensors);
