@@ -47,7 +47,10 @@ pub fn trace(
     wanted: &dyn Fn(&str) -> bool,
 ) -> Result<Tensors, Error> {
     // What drafts come to is no tensor of spec §10; their logits are.
-    let is_draft = |name: &str| name.starts_with("mtp.") && (name.ends_with(".ids") || name.ends_with(".probs"));
+    let is_draft = |name: &str| {
+        let part = name.rsplit('.').next().unwrap_or_default();
+        name.starts_with("mtp.") && ["ids", "probs"].contains(&part)
+    };
     let wanted = |name: &str| wanted(name) && !is_draft(name);
     let sequence = session.add_sequence(tokens, Sampling::default())?;
     let traced = trace_sequence(session, sequence, tokens, chunk, &wanted);

@@ -40,7 +40,7 @@ pub enum Command {
     /// Talk with a model in the terminal
     Chat(ChatArgs),
     /// Watch experts and latents: of a running model in a window, or in a recording
-    View(ViewArgs),
+    View(Box<ViewArgs>),
     /// Run one forward pass and write every tensor on the way to a file
     Trace(TraceArgs),
     /// Compile a checkpoint into a bundle of kernels, plan and weights

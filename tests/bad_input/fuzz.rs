@@ -20,14 +20,13 @@ fn compile_anyhow(dir: &Path, out: &Path) {
     use moewe_compiler::profile::Profile;
     let Ok(checkpoint) = Checkpoint::open(dir) else { return };
     let sound = moewe_compiler::tensors::check(&checkpoint).is_ok();
-    let options =
-        |plan_only| Options {
-            profile: Profile::load("lavapipe").unwrap(),
-            weights: None,
-            reference: true,
-            plan_only,
-            taps: moewe_plan::TapChoice::all(),
-        };
+    let options = |plan_only| Options {
+        profile: Profile::load("lavapipe").unwrap(),
+        weights: None,
+        reference: true,
+        plan_only,
+        taps: moewe_plan::TapChoice::all(),
+    };
     let compiled = compile(&checkpoint, &options(!sound), out, &|_, _| ());
     assert_eq!(out.exists(), compiled.is_ok());
     if compiled.is_ok() {

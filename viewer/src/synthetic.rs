@@ -119,9 +119,10 @@ impl Shape {
 
     /// Everything that happens, in order.
     pub fn events(&self) -> impl Iterator<Item = Event> + '_ {
-        let mut number = 0;
+        let frames = |tokens: u32| u64::from(tokens.div_ceil(FRAME_TOKENS));
         (0..self.texts.len() as u32).flat_map(move |text| {
             let (name, tokens) = &self.texts[text as usize];
+            let first: u64 = self.texts[..text as usize].iter().map(|(_, tokens)| frames(*tokens)).sum();
             let info = SequenceInfo {
                 number: text,
                 name: name.clone(),
@@ -129,23 +130,17 @@ impl Shape {
                 ..SequenceInfo::default()
             };
             let prompt = info.prompt_tokens;
-            let mut events = vec![Event::Begin(info)];
-            let starts = (0..*tokens).step_by(FRAME_TOKENS as usize);
-            let frames = starts.flat_map(|start| {
+            let of_frame = move |(number, start): (u64, u32)| {
                 let end = (start + FRAME_TOKENS).min(*tokens);
-                let mut events: Vec<Event> = (start..end)
-                    .map(|at| Event::Token {
-                        sequence: text,
-                        token: Token { id: token(text, at), generated: at >= prompt },
-                    })
-                    .collect();
-                events.push(Event::Frame(self.frame(number, text, start..end)));
-                number += 1;
-                events
-            });
-            events.extend(frames);
-            events.push(Event::End { sequence: text, reason: "length".into(), tokens_per_second: 100.0 });
-            events
+                let written = (start..end).map(move |at| Event::Token {
+                    sequence: text,
+                    token: Token { id: token(text, at), generated: at >= prompt },
+                });
+                written.chain(std::iter::once(Event::Frame(self.frame(number, text, start..end))))
+            };
+            let numbered = (first..).zip((0..*tokens).step_by(FRAME_TOKENS as usize));
+            let end = Event::End { sequence: text, reason: "length".into(), tokens_per_second: 100.0 };
+            std::iter::once(Event::Begin(info)).chain(numbered.flat_map(of_frame)).chain(std::iter::once(end))
         })
     }
 

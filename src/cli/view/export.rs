@@ -116,14 +116,11 @@ pub fn select_texts(app: &mut App, place: &PlaceArgs) -> anyhow::Result<()> {
         let sequences = app.store().sequences();
         let found = sequences.iter().find(|sequence| sequence.info.name == wanted);
         let numbered = || sequences.iter().find(|sequence| wanted.parse() == Ok(sequence.info.number));
-        match found.or_else(numbered) {
-            Some(sequence) => Ok(sequence.info.number),
-            None => {
-                let names: Vec<String> =
-                    sequences.iter().map(|s| format!("{} ({:?})", s.info.number, s.info.name)).collect();
-                usage(format!("{flag} is {wanted:?}, expected one of {}", names.join(", ")))
-            }
+        if let Some(sequence) = found.or_else(numbered) {
+            return Ok(sequence.info.number);
         }
+        let names: Vec<String> = sequences.iter().map(|s| format!("{} ({:?})", s.info.number, s.info.name)).collect();
+        usage(format!("{flag} is {wanted:?}, expected one of {}", names.join(", ")))
     };
     let first = app.store().sequences().first().map(|sequence| sequence.info.number);
     let text = place.text.as_deref().map(|text| find("--text", text)).transpose()?.or(first);

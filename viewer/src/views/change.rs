@@ -490,9 +490,9 @@ fn versions(ui: &mut Ui, cx: &mut Cx<'_>) {
                 cx.selection.sequence = info.number;
             }
             let what = match info.parent {
+                _ if !info.edits.is_empty() => listed(&info.edits),
                 None => "as the model is".to_owned(),
-                Some(_) if info.edits.is_empty() => "no changes".to_owned(),
-                Some(_) => listed(&info.edits),
+                Some(_) => "no changes".to_owned(),
             };
             ui.label(shorten(&what, NAME)).on_hover_text(what);
             let from = info.parent.map_or_else(String::new, |(_, position)| format!("anew from token {position}"));
