@@ -1,9 +1,10 @@
 //! The bar on top: menus, what is selected, and the search box.
 
-use egui::{Color32, DragValue, Id, Response, RichText, TextEdit, ThemePreference, Ui, WidgetInfo};
+use egui::{DragValue, Id, RichText, TextEdit, ThemePreference, Ui};
 
 use super::App;
 use super::keys::step;
+use super::label::{label, label_edit};
 use crate::colour::Palette;
 use crate::search::{Found, POSSIBLE, search, step as step_match};
 use crate::store::Sequence;
@@ -240,23 +241,4 @@ fn go(app: &mut App, forward: bool) {
         }
         Err(wrong) => Some(Err(wrong)),
     };
-}
-
-/// Gives a button with a sign the words that a screen reader says.
-pub(super) fn label(response: &Response, words: &str) {
-    response.widget_info(|| WidgetInfo::labeled(egui::Role::Button, response.enabled(), words));
-}
-
-/// The same for a text field.
-pub(super) fn label_edit(response: &Response, words: &str, text: &str) {
-    response.widget_info(|| {
-        let mut info = WidgetInfo::text_edit(response.enabled(), text, text, words);
-        info.label = Some(words.to_owned());
-        info
-    });
-}
-
-/// The colour of what can be stopped.
-pub(super) fn warning(ui: &Ui) -> Color32 {
-    ui.visuals().warn_fg_color
 }

@@ -3,7 +3,7 @@
 use egui::{DragValue, Id, Key, Modifiers, RichText, Slider, TextEdit, Ui};
 
 use super::App;
-use super::bar::{label, label_edit, warning};
+use super::label::{label, label_edit, warning};
 use crate::source::{Command, Prompt, Request, Status};
 
 pub(super) struct Drive {

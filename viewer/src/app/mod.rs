@@ -4,6 +4,7 @@ mod bar;
 mod drive;
 mod help;
 mod keys;
+mod label;
 mod notices;
 mod panes;
 mod save;

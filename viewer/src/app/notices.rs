@@ -72,7 +72,7 @@ pub(super) fn ui(notices: &mut Notices, ctx: &Context, place: Rect) {
                 ui.horizontal(|ui| {
                     let close = ui.small_button("×").on_hover_text("close");
                     let what = if line.notice.is_error { "close this error" } else { "close this notice" };
-                    super::bar::label(&close, what);
+                    super::label::label(&close, what);
                     if close.clicked() {
                         closed = Some(index);
                     }

@@ -131,11 +131,11 @@ impl Behavior<String> for Panes<'_> {
                 }
             }
         });
-        super::bar::label(&menu.response, &format!("save {name}"));
+        super::label::label(&menu.response, &format!("save {name}"));
         let about = self.about(tiles, active).unwrap_or_default();
         let mark = egui::Button::new("?").frame(false).sense(egui::Sense::click());
         let mark = ui.add(mark).on_hover_text(&about);
-        super::bar::label(&mark, &format!("about {name}"));
+        super::label::label(&mark, &format!("about {name}"));
         egui::Popup::from_toggle_button_response(&mark).show(|ui| {
             ui.set_max_width(320.0);
             ui.label(about);

@@ -161,7 +161,7 @@ pub(super) fn ui(app: &mut App, ctx: &Context) {
     window.open(&mut is_open).fade_out(false).show(ctx, |ui| {
         ui.label(dialog.what.about());
         let edit = ui.add(TextEdit::singleline(&mut dialog.path).desired_width(420.0));
-        super::bar::label_edit(&edit, "file", &dialog.path);
+        super::label::label_edit(&edit, "file", &dialog.path);
         if let Some(wrong) = &dialog.wrong {
             ui.colored_label(ui.visuals().error_fg_color, wrong);
         }

@@ -14,7 +14,7 @@ use std::path::PathBuf;
 use moewe_plan::TapGroup;
 use serde::{Deserialize, Serialize};
 
-pub use read::Recording;
+pub use replay::Recording;
 pub use write::{Recorder, Written};
 
 use crate::store::SequenceInfo;

@@ -3,12 +3,11 @@
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::Mutex;
 
 use serde::Deserialize;
 
 use super::decode::{self, Told};
-use super::replay::Player;
 use super::{CHUNK, Error, HEAD, Kind, Line, MAX_CHUNK, MAX_HEAD, MAX_LINE, SEAL_BYTES, VERSION, is_sound};
 use crate::subject::Subject;
 
@@ -16,13 +15,6 @@ use crate::subject::Subject;
 const MAX_TRIES: usize = 256;
 /// Warnings that are listed; the rest is counted.
 const MAX_WARNINGS: usize = 20;
-
-/// A recording to be shown again, as a [`crate::source::Source`] with a [`crate::source::Replay`]. All of it is shown
-/// unless told otherwise. Chunks are read one by one on a thread of their own.
-pub struct Recording {
-    pub(super) layout: Arc<Layout>,
-    pub(super) player: Player,
-}
 
 /// Where in the file things are.
 pub(super) struct Layout {
@@ -72,24 +64,6 @@ struct Head {
 #[derive(Deserialize)]
 struct WholeHead {
     subject: Subject,
-}
-
-impl Recording {
-    /// Opens a recording. What cannot be read of it is said in the warnings; the rest is there.
-    ///
-    /// # Errors
-    /// If the file cannot be read, is no recording, is of another version, or ends or is damaged in its first line.
-    pub fn open(path: &Path) -> Result<(Self, Vec<String>), Error> {
-        let (layout, warnings) = Layout::open(path)?;
-        let layout = Arc::new(layout);
-        let player = Player::new(&layout);
-        Ok((Self { layout, player }, warnings))
-    }
-
-    /// The model and the device that were recorded.
-    pub fn subject(&self) -> &Subject {
-        &self.layout.subject
-    }
 }
 
 impl Layout {

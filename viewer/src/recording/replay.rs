@@ -1,16 +1,18 @@
 //! Showing a recording again.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::path::Path;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use moewe_plan::{FrameTensor, Numbers};
 
-use super::Recording;
+use super::Error;
 use super::decode::Told;
 use super::read::Layout;
 use crate::source::{Command, Event, Replay, Source, Status};
+use crate::subject::Subject;
 
 /// Most events that one poll tells.
 const POLL_EVENTS: usize = 1024;
@@ -20,6 +22,31 @@ const POLL_BYTES: usize = 8 << 20;
 const AHEAD: usize = 2;
 
 type Wake = Arc<Mutex<Option<Box<dyn Fn() + Send + Sync>>>>;
+
+/// A recording to be shown again, as a [`crate::source::Source`] with a [`crate::source::Replay`]. All of it is shown
+/// unless told otherwise. Chunks are read one by one on a thread of their own.
+pub struct Recording {
+    layout: Arc<Layout>,
+    player: Player,
+}
+
+impl Recording {
+    /// Opens a recording. What cannot be read of it is said in the warnings; the rest is there.
+    ///
+    /// # Errors
+    /// If the file cannot be read, is no recording, is of another version, or ends or is damaged in its first line.
+    pub fn open(path: &Path) -> Result<(Self, Vec<String>), Error> {
+        let (layout, warnings) = Layout::open(path)?;
+        let layout = Arc::new(layout);
+        let player = Player::new(&layout);
+        Ok((Self { layout, player }, warnings))
+    }
+
+    /// The model and the device that were recorded.
+    pub fn subject(&self) -> &Subject {
+        &self.layout.subject
+    }
+}
 
 /// Where the replay stands.
 pub(super) struct Player {

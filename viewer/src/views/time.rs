@@ -15,7 +15,7 @@ use crate::subject::Subject;
 use crate::tally::{self, Bar, Widths};
 use crate::view::{Cx, View};
 
-use super::timeline::Timeline;
+use super::timeline::{Timeline, duration};
 
 /// How many of the last runs medians may be taken over.
 const LAST: [usize; 4] = [16, 64, 256, 4096];
@@ -114,20 +114,6 @@ fn floor(amount: &Amount, subject: &Subject) -> Option<f64> {
 
 fn over_floor(amount: &Amount, subject: &Subject) -> Option<f64> {
     floor(amount, subject).filter(|floor| *floor > 0.0).map(|floor| amount.seconds / floor)
-}
-
-/// Seconds as people say them.
-pub(super) fn duration(seconds: f64) -> String {
-    let number = |value: f64| number(value as f32);
-    if seconds >= 1.0 {
-        format!("{} s", number(seconds))
-    } else if seconds >= 1e-3 {
-        format!("{} ms", number(seconds * 1e3))
-    } else if seconds >= 1e-6 {
-        format!("{} µs", number(seconds * 1e6))
-    } else {
-        format!("{} ns", number(seconds * 1e9))
-    }
 }
 
 fn size(bytes: f64) -> String {

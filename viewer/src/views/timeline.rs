@@ -2,9 +2,9 @@
 
 use egui::{Color32, Key, Rect, Sense, Stroke, StrokeKind, Ui, pos2, vec2};
 
-use super::time::duration;
 use crate::analysis::times;
 use crate::colour::{kind, text_on};
+use crate::heat::number;
 use crate::store::Run;
 use crate::subject::StepInfo;
 use crate::tally::{self, Bar, Widths};
@@ -264,4 +264,18 @@ fn layers(steps: &[StepInfo], blocks: &[Block]) -> Vec<(Option<u32>, f64, f64)> 
 fn colour(index: usize) -> Color32 {
     let colour = kind(index);
     if index < 8 { colour } else { colour.lerp_to_gamma(Color32::WHITE, 0.45) }
+}
+
+/// Seconds as people say them.
+pub(super) fn duration(seconds: f64) -> String {
+    let number = |value: f64| number(value as f32);
+    if seconds >= 1.0 {
+        format!("{} s", number(seconds))
+    } else if seconds >= 1e-3 {
+        format!("{} ms", number(seconds * 1e3))
+    } else if seconds >= 1e-6 {
+        format!("{} µs", number(seconds * 1e6))
+    } else {
+        format!("{} ns", number(seconds * 1e9))
+    }
 }

@@ -38,23 +38,7 @@ impl Stage {
         stage
     }
 
-    fn ui(&mut self, ui: &mut egui::Ui) {
-        let mut cx = Cx {
-            subject: &self.subject,
-            store: &self.store,
-            selection: &mut self.selection,
-            commands: &mut self.commands,
-            is_live: self.is_live,
-            palette: Palette::Viridis,
-        };
-        egui::Frame::central_panel(ui.style()).show(ui, |ui| {
-            ui.set_min_size(ui.available_size());
-            self.view.ui(ui, &mut cx);
-        });
-    }
-
-    /// The numbers that the view gives away.
-    pub fn numbers(&mut self) -> Vec<moewe_viewer::numbers::Table> {
+    fn parts(&mut self) -> (&mut dyn View, Cx<'_>) {
         let cx = Cx {
             subject: &self.subject,
             store: &self.store,
@@ -63,7 +47,21 @@ impl Stage {
             is_live: self.is_live,
             palette: Palette::Viridis,
         };
-        self.view.numbers(&cx)
+        (&mut *self.view, cx)
+    }
+
+    fn ui(&mut self, ui: &mut egui::Ui) {
+        let (view, mut cx) = self.parts();
+        egui::Frame::central_panel(ui.style()).show(ui, |ui| {
+            ui.set_min_size(ui.available_size());
+            view.ui(ui, &mut cx);
+        });
+    }
+
+    /// The numbers that the view gives away.
+    pub fn numbers(&mut self) -> Vec<moewe_viewer::numbers::Table> {
+        let (view, cx) = self.parts();
+        view.numbers(&cx)
     }
 
     /// Puts the view on a screen of 900 × 640 points.
