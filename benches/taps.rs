@@ -54,7 +54,7 @@ fn main() {
         for (i, (name, taps)) in choices.iter().enumerate() {
             session.set_watch(taps.clone()).unwrap();
             let file = temp.path().join(format!("{name}.{round}"));
-            let run = run(&mut session, &file, &bundle, temp.path());
+            let run = run(&mut session, &file, &bundle);
             if round == 0 {
                 tokens.push(run.tokens); // to warm up, and to see that watching changes nothing
                 bytes[i] = run.bytes;
@@ -87,9 +87,9 @@ struct Run {
 }
 
 /// Generates and records, in sequence.
-fn run(session: &mut Session, file: &Path, bundle: &Bundle, dir: &Path) -> Run {
+fn run(session: &mut Session, file: &Path, bundle: &Bundle) -> Run {
     let subject = moewe_viewer::subject::Subject::from_plan("demo", &bundle.plan, "exact", "");
-    let mut recorder = Recorder::create(file, &subject).unwrap_or_else(|e| panic!("{}: {e}", dir.display()));
+    let mut recorder = Recorder::create(file, &subject).unwrap();
     let mut watch = Watch::new(session.frame_receiver().unwrap());
     let mut dropped = 0;
     let mut sink = |event| {

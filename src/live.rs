@@ -58,7 +58,7 @@ impl Live {
             for request in requests {
                 worker.serve(request);
                 worker.shared.open.fetch_sub(1, Ordering::SeqCst);
-                worker.wake();
+                call(&worker.wake);
             }
         });
         Self { commands, events, shared, wake }
@@ -103,13 +103,14 @@ impl Drop for Live {
 #[error("the window was closed")]
 struct Closed;
 
-impl Worker {
-    fn wake(&self) {
-        if let Some(wake) = &*self.wake.lock().unwrap_or_else(PoisonError::into_inner) {
-            wake();
-        }
+/// Tells the window that there is news, if it asked for that.
+fn call(wake: &Wake) {
+    if let Some(wake) = &*wake.lock().unwrap_or_else(PoisonError::into_inner) {
+        wake();
     }
+}
 
+impl Worker {
     fn serve(&mut self, request: Request) {
         self.shared.stop.store(false, Ordering::SeqCst);
         if let Err(what) = self.generate(request) {
@@ -129,7 +130,7 @@ impl Worker {
         let values = parameter_values(self.session.model().plan(), &request.edits).map_err(|e| e.to_string())?;
         self.session.set_parameters(&values).map_err(|error| error.to_string())?;
         let name = request.name.unwrap_or_else(|| name_of(&request.prompt, request.parent));
-        self.shared.doing.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&format!("writing {name}"));
+        *self.shared.doing.lock().unwrap_or_else(PoisonError::into_inner) = format!("writing {name}");
         let options = GenerateOptions {
             max_new_tokens: request.max_new_tokens,
             sampling: Sampling {
@@ -145,9 +146,7 @@ impl Worker {
         let wake = Arc::clone(&self.wake);
         let mut sink = |event| {
             let sent = events.send(event).map_err(|_| Closed);
-            if let Some(wake) = &*wake.lock().unwrap_or_else(PoisonError::into_inner) {
-                wake();
-            }
+            call(&wake);
             sent
         };
         let mut on_token = |_| {

@@ -1,5 +1,7 @@
 //! Edits become values of parameters, or an error that names the edit and what is possible.
 
+mod common;
+
 use moewe_plan::{
     Edit, FORCED, MUTED, ModelInfo, Parameter, ParameterKind, Place, Plan, Requirements, parameter_values,
 };
@@ -18,28 +20,7 @@ fn plan() -> Plan {
     Plan {
         format_version: moewe_plan::FORMAT_VERSION,
         generator: String::new(),
-        model: ModelInfo {
-            architecture: String::new(),
-            checkpoint: String::new(),
-            vocab_size: 1,
-            max_context: 1,
-            eos_token_ids: Vec::new(),
-            layers: 2,
-            moe_layers: vec![1],
-            experts: 4,
-            num_experts_per_tok: 2,
-            n_group: 1,
-            topk_group: 1,
-            n_shared_experts: 0,
-            hidden_size: 1,
-            num_attention_heads: 2,
-            kv_lora_rank: 3,
-            qk_rope_head_dim: 2,
-            qk_nope_head_dim: 1,
-            v_head_dim: 1,
-            softmax_scale: 1.0,
-            mtp_modules: 0,
-        },
+        model: ModelInfo { layers: 2, moe_layers: vec![1], ..common::model() },
         warnings: Vec::new(),
         requirements: Requirements {
             profile: String::new(),

@@ -15,7 +15,7 @@ use moewe_viewer::app::{self, App};
 use moewe_viewer::colour::Palette;
 use moewe_viewer::recording::Recording;
 use moewe_viewer::selection::Selection;
-use moewe_viewer::source::{Command, Prompt, Request, Source};
+use moewe_viewer::source::{Command, Notice, Prompt, Request, Source};
 use moewe_viewer::subject::Subject;
 use moewe_viewer::window;
 
@@ -41,10 +41,11 @@ fn recorded(args: &ViewArgs, path: &Path) -> anyhow::Result<()> {
         ));
     }
     let Some(gpu) = model::open_device(&args.model.device)? else { return Ok(()) };
-    let (mut source, subject) = open_recording(path)?;
+    let mut warnings = Vec::new();
+    let (mut source, subject) = open_recording(path, &mut warnings)?;
     if let Some(against) = &args.against {
         model::must_exist(against, "--against is a recording")?;
-        let (other, other_subject) = open_recording(against)?;
+        let (other, other_subject) = open_recording(against, &mut warnings)?;
         let shape = |subject: &Subject| (subject.model.layers, subject.model.experts, subject.model.hidden_size);
         if shape(&subject) != shape(&other_subject) {
             return usage(format!(
@@ -59,13 +60,16 @@ fn recorded(args: &ViewArgs, path: &Path) -> anyhow::Result<()> {
         }
         source = Box::new(joined::Joined::new([source, other], &name(against)));
     }
-    show(args, source, subject, Vec::new(), &gpu)
+    show(args, source, subject, Vec::new(), warnings, &gpu)
 }
 
-fn open_recording(path: &Path) -> anyhow::Result<(Box<dyn Source>, Subject)> {
+/// A recording. What of it cannot be read is said on standard error and goes to `told`, for the window.
+fn open_recording(path: &Path, told: &mut Vec<String>) -> anyhow::Result<(Box<dyn Source>, Subject)> {
     let (recording, warnings) = Recording::open(path)?;
     for warning in warnings {
-        output::note(&format!("moewe: warning: {}: {warning}", path.display()));
+        let warning = format!("{}: {warning}", path.display());
+        output::note(&format!("moewe: warning: {warning}"));
+        told.push(warning);
     }
     let subject = recording.subject().clone();
     Ok((Box::new(recording), subject))
@@ -112,7 +116,7 @@ fn live(args: &ViewArgs) -> anyhow::Result<()> {
     for request in &requests {
         source.send(Command::Generate(request.clone()));
     }
-    show(args, Box::new(source), subject, requests, &gpu)
+    show(args, Box::new(source), subject, requests, Vec::new(), &gpu)
 }
 
 /// A prompt with its name, if it has one: a word before `=`.
@@ -134,6 +138,7 @@ fn show(
     source: Box<dyn Source>,
     subject: Subject,
     requests: Vec<Request>,
+    warnings: Vec<String>,
     gpu: &Gpu,
 ) -> anyhow::Result<()> {
     let title = format!("{} — moewe", subject.name);
@@ -171,11 +176,14 @@ fn show(
         }
     }
     if args.export.is_any() {
-        return export::write(args, app, &gpu.handles());
+        return export::write(args, app, gpu);
     }
     if is_recording && (args.place.text.is_some() || args.place.other.is_some()) {
         export::read_all(&mut app)?;
         export::select_texts(&mut app, &args.place)?;
+    }
+    for text in warnings {
+        app.notify(Notice { text, is_error: true });
     }
     let setup = export::setup(&gpu.for_window()?);
     let options = window::Options { title, setup, closing: interrupt::flag(), kept: None, theme: export::theme(args) };

@@ -109,23 +109,17 @@ pub fn watched_kinds(opened: &Opened, taps: &TapChoice) -> anyhow::Result<Vec<Pr
             "the bundle was compiled with --taps none; to watch or change the model, compile it with --taps all",
         );
     }
-    let watched: Vec<_> = plan.programs.iter().filter(|program| program.kind == ProgramKind::Watch).collect();
-    for &(group, layer) in &taps.groups {
-        let has = |programs: &[&moewe_plan::Program]| {
-            programs
-                .iter()
-                .flat_map(|program| &program.taps)
-                .any(|tap| tap.group == group && (layer.is_none() || tap.layer == layer))
-        };
-        if layer.is_some() && !has(&watched) {
-            let layer = layer.unwrap_or_default();
-            return usage(format!(
-                "--taps {}:{layer}: the bundle has no such tap; the model has {} layers, and the bundle may have been compiled \
-                 with fewer --taps",
-                group.name(),
-                plan.model.layers
-            ));
-        }
+    let watched = plan.programs.iter().filter(|program| program.kind == ProgramKind::Watch);
+    let offered: Vec<_> = watched.flat_map(|program| &program.taps).map(|tap| (tap.group, tap.layer)).collect();
+    // A whole group may be empty: not every model has experts or modules of multi-token prediction.
+    let missing = taps.groups.iter().find(|(group, layer)| layer.is_some() && !offered.contains(&(*group, *layer)));
+    if let Some(&(group, Some(layer))) = missing {
+        return usage(format!(
+            "--taps {}:{layer}: the bundle has no such tap; the model has {} layers, and the bundle may have been compiled with \
+             fewer --taps",
+            group.name(),
+            plan.model.layers
+        ));
     }
     Ok(watch::kinds(taps, plan.model.mtp_modules))
 }

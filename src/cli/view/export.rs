@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use egui_wgpu::{WgpuSetup, WgpuSetupExisting};
-use moewe_runtime::Handles;
+use moewe_runtime::{Gpu, Handles};
 use moewe_viewer::analysis::times::{self, Pass};
 use moewe_viewer::app::{App, Exports, StoreExport};
 use moewe_viewer::export;
@@ -136,7 +136,7 @@ pub fn select_texts(app: &mut App, place: &PlaceArgs) -> anyhow::Result<()> {
 }
 
 /// Writes all files that are asked for.
-pub fn write(args: &ViewArgs, mut app: App, handles: &Handles) -> anyhow::Result<()> {
+pub fn write(args: &ViewArgs, mut app: App, gpu: &Gpu) -> anyhow::Result<()> {
     let files = &args.export;
     read_all(&mut app)?;
     anyhow::ensure!(!app.store().sequences().is_empty(), "{}: there is no text in it", args.model.path().display());
@@ -169,7 +169,11 @@ pub fn write(args: &ViewArgs, mut app: App, handles: &Handles) -> anyhow::Result
             view: view.map(str::to_owned),
             ..Picture::default()
         };
-        let image = picture(&mut app, &wanted, setup(handles))?;
+        let image = picture(&mut app, &wanted, setup(&gpu.handles()))?;
+        // Drawing shares the model's device, which would keep its errors to itself.
+        if let Some(what) = gpu.stray_error() {
+            anyhow::bail!("{}: the picture could not be drawn: {what}", path.display());
+        }
         let mut png = std::io::Cursor::new(Vec::new());
         image.write_to(&mut png, image::ImageFormat::Png).context("encoding the picture")?;
         export::file(path, &png.into_inner(), files.overwrite)?;
