@@ -4,12 +4,16 @@
 mod attention;
 #[path = "kernels/data.rs"]
 mod data;
+#[path = "kernels/drafting.rs"]
+mod drafting;
 #[path = "kernels/edits.rs"]
 mod edits;
 #[path = "kernels/experts.rs"]
 mod experts;
 #[path = "kernels/harness.rs"]
 mod harness;
+#[path = "kernels/latents.rs"]
+mod latents;
 #[path = "kernels/linear.rs"]
 mod linear;
 #[path = "kernels/norms.rs"]

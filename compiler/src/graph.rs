@@ -182,7 +182,12 @@ pub enum Op {
         len: usize,
     },
     /// `[…]` → the same; keeps it for a later program.
-    WriteState(String),
+    WriteState {
+        /// Name of the state.
+        name: String,
+        /// Whether only drafting needs it.
+        drafting: bool,
+    },
     /// `[K]` → `[K]`.
     RmsNorm(Norm),
     /// `[K]` → `[N]`, `W x + b`. A second input `[N]` is added (fused residual).
@@ -261,8 +266,10 @@ pub enum Op {
     GatherRows,
     /// logits `[V]` of wanted rows → token `[1]` (u32), drawn by the sequence's sampling parameters.
     Sample,
-    /// token `[1]` → nothing: makes the sampled tokens the next batch and notes them as finished.
-    Advance,
+    /// token `[1]` → nothing: accepts drafts, notes sampled tokens as finished and seen, and makes the next batch.
+    Accept,
+    /// token `[1]` → nothing: notes the sampled tokens as drafts and makes the next batch. Only drafting needs it.
+    Propose,
     /// logits `[V]` → ids `[k]` (u32) and probabilities `[k]` of the [`top_tokens`] likeliest tokens, best first; if a
     /// token is asked for, also `[3]`: entropy, its log probability and its rank. See [`Asked`] for a second input.
     TopTokens(Asked),
@@ -360,7 +367,13 @@ impl Op {
         match self {
             Op::Linear { bias: Some(_), .. } | Op::Router { bias: Some(_), .. } => traits.push("bias"),
             Op::AbsorbQuery { rotate: true, .. } => traits.push("rotate"),
-            Op::ReadState { name, .. } | Op::WriteState(name) => traits.push(name),
+            Op::ReadState { name, .. } => traits.push(name),
+            Op::WriteState { name, .. } => {
+                traits.push(name);
+                if self.serves_drafting() {
+                    traits.push("drafting");
+                }
+            }
             Op::TopTokens(Asked::Next) => traits.push("next"),
             Op::TopTokens(Asked::Given) => traits.push("given"),
             _ => {}
@@ -370,7 +383,15 @@ impl Op {
 
     /// Whether it does something beside its outputs, so that it stays though nobody reads them.
     pub fn has_effect(&self) -> bool {
-        matches!(self, Op::CacheWrite { .. } | Op::LatentWrite { .. } | Op::WriteState(_) | Op::Sample | Op::Advance)
+        matches!(
+            self,
+            Op::CacheWrite { .. } | Op::LatentWrite { .. } | Op::WriteState { .. } | Op::Accept | Op::Propose
+        )
+    }
+
+    /// Whether only drafting needs what it does beside its outputs.
+    fn serves_drafting(&self) -> bool {
+        matches!(self, Op::WriteState { drafting: true, .. } | Op::Propose)
     }
 }
 
@@ -490,20 +511,36 @@ impl Graph {
         always.into_iter().zip(serves).map(only).collect()
     }
 
-    /// Removes nodes that nothing needs and renumbers the rest.
-    pub fn sweep(&mut self) {
-        let mut live = vec![false; self.nodes.len()];
+    /// For each node whether it serves drafting alone.
+    pub fn drafting(&self) -> Vec<bool> {
+        let drafting = self.needed(self.nodes.iter().map(|node| node.op.serves_drafting()).collect());
+        let mut other: Vec<bool> =
+            self.nodes.iter().map(|node| node.op.has_effect() && !node.op.serves_drafting()).collect();
         for tap in &self.taps {
-            live[tap.value.node] = true;
+            other[tap.value.node] = true;
         }
-        for id in (0..self.nodes.len()).rev() {
-            live[id] |= self.nodes[id].op.has_effect();
-            if live[id] {
-                for input in &self.nodes[id].inputs {
-                    live[input.node] = true;
+        drafting.into_iter().zip(self.needed(other)).map(|(drafting, other)| drafting && !other).collect()
+    }
+
+    /// `wanted` and all nodes that those need.
+    fn needed(&self, mut wanted: Vec<bool>) -> Vec<bool> {
+        for (id, node) in self.nodes.iter().enumerate().rev() {
+            if wanted[id] {
+                for input in &node.inputs {
+                    wanted[input.node] = true;
                 }
             }
         }
+        wanted
+    }
+
+    /// Removes nodes that nothing needs and renumbers the rest.
+    pub fn sweep(&mut self) {
+        let mut wanted: Vec<bool> = self.nodes.iter().map(|node| node.op.has_effect()).collect();
+        for tap in &self.taps {
+            wanted[tap.value.node] = true;
+        }
+        let live = self.needed(wanted);
         let mut renumbered = Vec::with_capacity(live.len());
         let mut next = 0;
         for &keep in &live {

@@ -16,10 +16,11 @@ pub fn output_types(graph: &Graph, op: &Op, inputs: &[Value]) -> Result<Vec<Tens
     match op {
         Op::Embed { .. }
         | Op::ReadState { .. }
-        | Op::WriteState(_)
+        | Op::WriteState { .. }
         | Op::GatherRows
         | Op::Sample
-        | Op::Advance
+        | Op::Accept
+        | Op::Propose
         | Op::TopTokens(_) => ends(&on, op),
         Op::RmsNorm(_)
         | Op::Linear { .. }
@@ -64,9 +65,8 @@ fn ends(on: &Operands, op: &Op) -> Types {
             on.count(0)?;
             Ok(vec![TensorType::tokens(&[*len])])
         }
-        Op::WriteState(_) => {
+        Op::WriteState { .. } => {
             on.count(1)?;
-            on.tokens()?;
             on.vector(0, "x")?;
             Ok(vec![on.ty(0)?.clone()])
         }

@@ -5,7 +5,8 @@ mod attention;
 use std::collections::HashMap;
 
 use moewe_plan::{
-    Binding, Cost, DType, Dim, FINISHED_STEPS, Kernel, Parameter, ParameterKind, Role, Step, Symbol, TapSpec,
+    Binding, Cost, DRAFT_WORDS, DType, Dim, FINISHED_STEPS, Kernel, MAX_DRAFT_MODULES, Parameter, ParameterKind, Role,
+    Step, Symbol, TapSpec,
 };
 use moewe_shaders::{Linked, Variant, link};
 
@@ -81,8 +82,6 @@ struct Lowering<'a, 'b> {
     first_position: usize,
     shared: &'a mut Shared<'b>,
     values: HashMap<Value, u32>,
-    /// For each node the taps that it serves, if it serves nothing else.
-    only_for: Vec<Vec<usize>>,
     steps: Vec<Step>,
 }
 
@@ -97,14 +96,14 @@ pub fn lower(
     shared: &mut Shared,
 ) -> Result<(Vec<Step>, Vec<TapSpec>)> {
     let values = assign(graph, program, &mut shared.buffers);
-    let only_for = graph.only_for();
-    let mut lowering =
-        Lowering { config, graph, selector, first_position, shared, values, only_for, steps: Vec::new() };
+    let (only_for, drafting) = (graph.only_for(), graph.drafting());
+    let mut lowering = Lowering { config, graph, selector, first_position, shared, values, steps: Vec::new() };
     for id in 0..graph.nodes.len() {
         let first = lowering.steps.len();
         lowering.node(id)?;
         for step in &mut lowering.steps[first..] {
-            step.only_for = lowering.only_for[id].iter().map(|&tap| tap as u32).collect();
+            step.only_for = only_for[id].iter().map(|&tap| tap as u32).collect();
+            step.drafting = drafting[id];
         }
     }
     let taps = graph.taps.iter().map(|tap| {
@@ -128,7 +127,7 @@ impl Lowering<'_, '_> {
     fn role(&mut self, role: Role) -> Slot {
         let config = self.config;
         let (name, dtype, elements) = match role {
-            Role::Header => ("batch.header", DType::U32, Dim::Const(4)),
+            Role::Header => ("batch.header", DType::U32, Dim::Const(8)),
             Role::Tokens => ("batch.tokens", DType::U32, Dim::Times(Symbol::Tokens, 4)),
             Role::Rows => ("batch.rows", DType::U32, Dim::Symbol(Symbol::Rows)),
             Role::PageTable => {
@@ -142,6 +141,9 @@ impl Lowering<'_, '_> {
             Role::Finished => {
                 ("batch.finished", DType::U32, Dim::Const(1 + u64::from(FINISHED_STEPS) * MAX_ROWS as u64))
             }
+            Role::Groups => ("batch.groups", DType::U32, Dim::Const(8 * MAX_ROWS as u64)),
+            Role::Drafts => ("batch.drafts", DType::U32, Dim::Const(u64::from(DRAFT_WORDS) * MAX_ROWS as u64)),
+            Role::Holes => ("batch.holes", DType::U32, Dim::Times(Symbol::Sequences, 2)),
             Role::Scratch | Role::State | Role::Cache | Role::Parameter => unreachable!("named by what they hold"),
         };
         Slot::Buffer(self.shared.buffers.get(name, dtype, elements, role))
@@ -244,6 +246,7 @@ impl Lowering<'_, '_> {
             params,
             cost,
             only_for: Vec::new(),
+            drafting: false,
         });
         Ok(())
     }
@@ -254,13 +257,14 @@ impl Lowering<'_, '_> {
         let out = |output| Value { node: id, output };
         match &node.op {
             Op::Embed { weight } => self.embed(node, *weight, out(0)),
-            Op::ReadState { .. } | Op::WriteState(_) => Ok(()), // the value lives in the state's buffer
+            Op::ReadState { .. } | Op::WriteState { .. } => Ok(()), // the value lives in the state's buffer
             Op::RmsNorm(norm) => self.rms_norm(node, *norm, out(0)),
             Op::Linear { weight, bias, norm } => self.linear(node, *weight, *bias, *norm, out(0)),
             Op::GateUp { gate, up, norm } => self.gate_up(node, *gate, *up, *norm, out(0)),
             Op::GatherRows => self.gather_rows(node, out(0)),
             Op::Sample => self.sample(node, out(0)),
-            Op::Advance => self.advance(node),
+            Op::Accept => self.accept(node),
+            Op::Propose => self.propose(node),
             Op::TopTokens(asked) => self.top_tokens(node, *asked, id),
             Op::LatentWrite { layer, norm, mla } => self.latent_write(node, *layer, *norm, mla, out(0)),
             Op::AbsorbQuery { kv_b, mla, rotate: true } => self.absorb_query(node, *kv_b, mla, out(0)),
@@ -432,16 +436,34 @@ impl Lowering<'_, '_> {
         self.emit(node, &select::sample(vocab, self.selector.profile), &slots, grid, [0; 4], cost)
     }
 
-    fn advance(&mut self, node: &Node) -> Result<()> {
-        let slots = [
+    /// The bindings of both kernels that make the next batch of what was sampled.
+    fn next_batch(&mut self, node: &Node) -> Vec<(&'static str, Slot)> {
+        vec![
             ("batch", self.role(Role::Header)),
+            ("groups", self.role(Role::Groups)),
             ("sampled", Slot::Value(node.inputs[0])),
             ("tokens", self.role(Role::Tokens)),
             ("rows", self.role(Role::Rows)),
-            ("finished", self.role(Role::Finished)),
-        ];
-        let grid = [Dim::CeilDiv(Symbol::Rows, MAX_ROWS as u64), ONE, ONE];
-        self.emit(node, &select::advance(), &slots, grid, [0; 4], Cost { token_bytes: 44, ..Cost::default() })
+            ("drafts", self.role(Role::Drafts)),
+        ]
+    }
+
+    fn accept(&mut self, node: &Node) -> Result<()> {
+        let mut slots = self.next_batch(node);
+        slots.extend([("seen", self.role(Role::Seen)), ("finished", self.role(Role::Finished))]);
+        let variant = select::accept(self.config.vocab_size, self.drafters());
+        self.emit(node, &variant, &slots, [ONE; 3], [0; 4], Cost { token_bytes: 60, ..Cost::default() })
+    }
+
+    fn propose(&mut self, node: &Node) -> Result<()> {
+        let slots = self.next_batch(node);
+        let variant = select::propose(self.drafters());
+        self.emit(node, &variant, &slots, [ONE; 3], [0; 4], Cost { token_bytes: 60, ..Cost::default() })
+    }
+
+    /// Modules of multi-token prediction that can draft.
+    fn drafters(&self) -> usize {
+        self.config.num_nextn_predict_layers.min(MAX_DRAFT_MODULES as usize)
     }
 
     fn top_tokens(&mut self, node: &Node, asked: Asked, id: NodeId) -> Result<()> {

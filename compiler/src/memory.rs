@@ -50,7 +50,7 @@ pub fn assign(graph: &Graph, program: &str, buffers: &mut Buffers) -> HashMap<Va
             last_use.insert(*input, id);
         }
         match &node.op {
-            Op::WriteState(name) => drop(state.insert(node.inputs[0], name.clone())),
+            Op::WriteState { name, .. } => drop(state.insert(node.inputs[0], name.clone())),
             Op::ReadState { name, .. } => drop(state.insert(Value { node: id, output: 0 }, name.clone())),
             _ => {}
         }

@@ -1,7 +1,7 @@
 //! Which variant of a kernel serves an operation: a pure function of the operation and the device profile, which can say
 //! why it chose.
 
-use moewe_plan::{PAGE_TOKENS, Precision, WeightFormat};
+use moewe_plan::{FINISHED_STEPS, PAGE_TOKENS, Precision, WeightFormat};
 use moewe_shaders::{Latent, Reduce, Variant};
 
 use crate::config::{Scoring, TopkMethod};
@@ -131,10 +131,11 @@ impl Selector<'_> {
             .int("WG", WORKGROUP)
     }
 
-    /// Attention over latents; positions below `first` were never written.
-    pub fn latent_attention(&self, mla: &Mla, max_pages: usize, first: usize) -> Variant {
+    /// Attention over latents; positions below `first` were never written, nor those of the batch's holes if it has any.
+    pub fn latent_attention(&self, mla: &Mla, max_pages: usize, first: usize, holes: bool) -> Variant {
         Variant::new("latent_attention")
             .latent(self.latent())
+            .flag("holes", holes)
             .int("HEADS", mla.heads)
             .int("RANK", mla.rank)
             .int("ROPE", mla.rope)
@@ -166,7 +167,7 @@ impl Selector<'_> {
 
 /// Invocations of kernels that are bound by latency.
 pub const WORKGROUP: usize = 64;
-/// Rows of logits that a batch may ask for: one workgroup of `advance` has an invocation for each.
+/// Rows of logits that a batch may ask for: one workgroup of `accept` has an invocation for each.
 pub const MAX_ROWS: usize = WORKGROUP;
 
 /// Router. `edit`: parameters change selection scores and weights.
@@ -222,12 +223,19 @@ fn wide_workgroup(profile: &Profile) -> usize {
     1 << profile.workgroup_invocations.clamp(1, 256).ilog2()
 }
 
-/// Next batch.
-pub fn advance() -> Variant {
-    Variant::new("advance")
+/// End of a pass of the main model: drafts are accepted and the next batch is made. `modules` draft.
+pub fn accept(vocab: usize, modules: usize) -> Variant {
+    Variant::new("accept")
         .int("MAX_ROWS", MAX_ROWS)
-        .int("STEPS", moewe_plan::FINISHED_STEPS as usize)
+        .int("MODULES", modules)
+        .int("STEPS", FINISHED_STEPS as usize)
+        .int("V", vocab)
         .int("WG", MAX_ROWS)
+}
+
+/// End of a pass of a module of multi-token prediction, one of `modules`.
+pub fn propose(modules: usize) -> Variant {
+    Variant::new("propose").int("MODULES", modules).int("WG", MAX_ROWS)
 }
 
 /// Pages that the longest sequence needs.

@@ -23,7 +23,7 @@ fn last_reads(graph: &Graph) -> HashMap<Value, usize> {
     let mut last = HashMap::new();
     for (id, node) in graph.nodes.iter().enumerate() {
         for input in &node.inputs {
-            let kept = matches!(node.op, Op::WriteState(_));
+            let kept = matches!(node.op, Op::WriteState { .. });
             last.insert(*input, if kept { usize::MAX } else { last.get(input).copied().unwrap_or(0).max(id) });
         }
     }

@@ -296,12 +296,13 @@ fn only_fused_operations_remain() {
                     node.op,
                     Op::Embed { .. }
                         | Op::ReadState { .. }
-                        | Op::WriteState(_)
+                        | Op::WriteState { .. }
                         | Op::RmsNorm(_)
                         | Op::Linear { .. }
                         | Op::GatherRows
                         | Op::Sample
-                        | Op::Advance
+                        | Op::Accept
+                        | Op::Propose
                         | Op::TopTokens(_)
                         | Op::LatentWrite { .. }
                         | Op::AbsorbQuery { rotate: true, .. }

@@ -6,16 +6,78 @@ pub const PAGE_TOKENS: u32 = 64;
 /// Decode steps that the buffer of finished tokens holds before the host must read it.
 pub const FINISHED_STEPS: u32 = 32;
 
-/// Uniform `batch` of every kernel that looks at the batch ([`crate::Role::Header`]), 16 bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Most tokens that are drafted behind a token before all of them are verified in one pass.
+pub const MAX_DRAFTS: u32 = 7;
+
+/// Most modules of multi-token prediction that can draft.
+pub const MAX_DRAFT_MODULES: u32 = 8;
+
+/// Words of a group in the buffer of drafts ([`crate::Role::Drafts`]): the position of its newest token, the ids of its
+/// newest `mtp_modules` tokens (the newest last), then the drafts behind it.
+pub const DRAFT_WORDS: u32 = 16;
+
+/// Stands in the ring of finished tokens where a draft was rejected, so that there is no token.
+pub const REJECTED: u32 = u32::MAX;
+
+/// Stands in the ring of finished tokens where no logit was a number above −∞, so that nothing could be drawn.
+pub const POISONED: u32 = u32::MAX - 1;
+
+/// Uniform `batch` of every kernel that looks at the batch ([`crate::Role::Header`]), 32 bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Header {
     /// Tokens in the batch.
     pub tokens: u32,
     /// Rows whose logits are wanted.
     pub rows: u32,
+    /// Groups of the main model's batch ([`Group`]).
+    pub groups: u32,
+    /// 0 in a pass of the main model; n in the pass of a module of multi-token prediction that makes the n-th draft.
+    pub stage: u32,
+    /// Drafts that are made behind a pass of the main model, at most [`MAX_DRAFTS`]; 0 if none are.
+    pub drafts: u32,
+    /// Groups that take part in drafting: the first ones. Those of them with wanted rows come before those without.
+    pub drafting: u32,
     /// Zero.
     pub reserved: [u32; 2],
+}
+
+/// The tokens of one sequence in a batch of the main model ([`crate::Role::Groups`]), 32 bytes. They are consecutive, at
+/// consecutive positions. If rows are wanted, they are those of the last tokens: of the newest token, and of the drafts
+/// behind it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Group {
+    /// Index of its first token in the batch.
+    pub first_token: u32,
+    /// Its tokens.
+    pub tokens: u32,
+    /// Index of its first wanted row.
+    pub first_row: u32,
+    /// Its wanted rows: none, or one for the newest token and one for each draft.
+    pub rows: u32,
+    /// Slot of the sequence.
+    pub sequence: u32,
+    /// The last position for which the sequence has a page.
+    pub limit: u32,
+    /// Zero.
+    pub reserved: [u32; 2],
+}
+
+impl Header {
+    /// As the device reads it.
+    pub fn words(&self) -> [u32; 8] {
+        let Self { tokens, rows, groups, stage, drafts, drafting, reserved: [a, b] } = *self;
+        [tokens, rows, groups, stage, drafts, drafting, a, b]
+    }
+}
+
+impl Group {
+    /// As the device reads it.
+    pub fn words(&self) -> [u32; 8] {
+        let Self { first_token, tokens, first_row, rows, sequence, limit, reserved: [a, b] } = *self;
+        [first_token, tokens, first_row, rows, sequence, limit, a, b]
+    }
 }
 
 /// One token of the batch ([`crate::Role::Tokens`]), 16 bytes.

@@ -15,7 +15,10 @@ mod taps;
 mod types;
 mod verify;
 
-pub use batch::{FINISHED_STEPS, Header, PAGE_TOKENS, Sampling, TokenInfo};
+pub use batch::{
+    DRAFT_WORDS, FINISHED_STEPS, Group, Header, MAX_DRAFT_MODULES, MAX_DRAFTS, PAGE_TOKENS, POISONED, REJECTED,
+    Sampling, TokenInfo,
+};
 pub use bundle::{Bundle, Entry, MANIFEST, Manifest, PLAN, Staging, WeightFiles, hash_file};
 pub use dim::{Dim, Symbol, Symbols};
 pub use edit::{Edit, EditError, FORCED, MUTED, Place, check_edits, parameter_values};
@@ -30,4 +33,4 @@ pub use types::{
 };
 
 /// Version of the bundle format. A bundle of another version is refused; compile it again.
-pub const FORMAT_VERSION: u32 = 2;
+pub const FORMAT_VERSION: u32 = 3;

@@ -221,8 +221,15 @@ pub enum Role {
     Sampling,
     /// A bit for each token id that the sequence has seen `[sequences, ⌈vocab / 32⌉]`.
     Seen,
-    /// Word 0 counts finished decode steps; then `[FINISHED_STEPS, rows]` token ids.
+    /// Word 0 counts finished steps; then `[FINISHED_STEPS, rows]` token ids, [`crate::REJECTED`] or [`crate::POISONED`].
     Finished,
+    /// [`crate::Group`] for each sequence of the batch.
+    Groups,
+    /// `[rows, DRAFT_WORDS]`: for each group what was drafted behind it ([`crate::DRAFT_WORDS`]).
+    Drafts,
+    /// For each sequence two positions: modules of multi-token prediction have no latents from the first one up to, and
+    /// without, the second one.
+    Holes,
     /// A layer's latent cache, `[pages, 64, numbers]`.
     Cache,
     /// Numbers that the host may change between runs: a [`Parameter`].
@@ -331,6 +338,8 @@ pub struct Step {
     /// The taps (indices into [`Program::taps`]) that it serves, if it serves nothing else: it is left out where none
     /// of them is read. Empty for a step that always runs.
     pub only_for: Vec<u32>,
+    /// Whether it serves drafting alone: it is left out where nothing is drafted.
+    pub drafting: bool,
 }
 
 /// How activations and latents are kept.

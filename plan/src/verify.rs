@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::{Component, Path};
 
-use crate::types::{Access, Binding, DType, ParameterKind, Plan, Role};
+use crate::types::{Access, Binding, DType, ParameterKind, Plan, ProgramKind, Role};
 use crate::{Dim, FORMAT_VERSION};
 
 /// No index, size or grid of a sound plan comes near this; larger values would overflow sums.
@@ -122,6 +122,10 @@ fn verify_programs(plan: &Plan) -> Result<(), String> {
     for program in &plan.programs {
         let at = || format!("program {:?} {}", program.kind, program.precision.name());
         ensure(program.max_tokens > 0 && program.max_rows > 0, || format!("{}: no capacity", at()))?;
+        if let ProgramKind::Draft { module } = program.kind {
+            let modules = plan.model.mtp_modules;
+            ensure((1..=modules).contains(&module), || format!("{}: the model has {modules} modules", at()))?;
+        }
         for step in &program.steps {
             let at = || format!("{}, step {}", at(), step.label);
             let kernel = plan.kernels.get(step.kernel as usize).ok_or_else(|| format!("{}: no such kernel", at()))?;
@@ -151,6 +155,11 @@ fn verify_programs(plan: &Plan) -> Result<(), String> {
             let taps = program.taps.len();
             let stray = step.only_for.iter().find(|&&tap| tap as usize >= taps);
             ensure(stray.is_none(), || format!("{}: only for tap {} of {taps}", at(), stray.unwrap_or(&0)))?;
+            if step.drafting {
+                let drafts = matches!(program.kind, ProgramKind::Forward | ProgramKind::Draft { .. });
+                ensure(drafts, || format!("{}: drafting", at()))?;
+                ensure(step.only_for.is_empty(), || format!("{}: for drafting and for taps", at()))?;
+            }
             for dim in &step.grid {
                 verify_dim(dim).map_err(|what| format!("{}: grid: {what}", at()))?;
             }

@@ -40,7 +40,7 @@ fn plan() -> Plan {
             qk_nope_head_dim: 3,
             v_head_dim: 5,
             softmax_scale: 0.25,
-            mtp_modules: 0,
+            mtp_modules: 1,
         },
         warnings: Vec::new(),
         requirements: Requirements {
@@ -69,7 +69,7 @@ fn plan() -> Plan {
             ],
         }],
         buffers: vec![
-            Buffer { name: "batch".into(), dtype: DType::U32, elements: Dim::Const(4), role: Role::Header },
+            Buffer { name: "batch".into(), dtype: DType::U32, elements: Dim::Const(8), role: Role::Header },
             Buffer {
                 name: "x".into(),
                 dtype: DType::F32,
@@ -110,6 +110,7 @@ fn plan() -> Plan {
                 params: [1, 2, 3, 4],
                 cost: Cost { token_flops: 5, ..Cost::default() },
                 only_for: vec![0],
+                drafting: false,
             }],
             taps: vec![TapSpec {
                 name: "x".into(),
@@ -264,12 +265,12 @@ fn truncated_and_missing_files_are_named() {
 #[test]
 fn other_versions_are_refused_before_anything_else() {
     let (_dir, path) = bundle();
-    for version in ["0", "1", "3", "4294967296", "18446744073709551615"] {
+    for version in ["0", "1", "2", "4", "4294967296", "18446744073709551615"] {
         fs::write(path.join(MANIFEST), format!("{{\"format_version\": {version}}}")).unwrap();
         assert!(matches!(read(&path), Err(Error::Version { expected: FORMAT_VERSION, .. })), "{version}");
     }
     for text in
-        ["", "{}", "[]", "null", "{\"format_version\": \"1\"}", "{\"format_version\": 2}", "{\"format_version\": -1}"]
+        ["", "{}", "[]", "null", "{\"format_version\": \"1\"}", "{\"format_version\": 3}", "{\"format_version\": -1}"]
     {
         fs::write(path.join(MANIFEST), text).unwrap();
         assert!(matches!(read(&path), Err(Error::Damaged { .. })), "{text}");
@@ -326,7 +327,7 @@ fn a_weight_file_must_be_the_one_of_the_plan() {
 fn plans_that_contradict_themselves_are_refused() {
     type Change = fn(&mut Plan);
     let second = |p: &mut Plan| p.parameters.push(p.parameters[0].clone());
-    let cases: [(&str, Change); 38] = [
+    let cases: [(&str, Change); 43] = [
         ("vocab_size", |p| p.model.vocab_size = 0),
         ("max_context", |p| p.model.max_context = 0),
         ("weight file", |p| p.files[0].bytes = u64::MAX),
@@ -349,15 +350,23 @@ fn plans_that_contradict_themselves_are_refused() {
         ("does not fit", |p| p.programs[0].steps[0].bindings[1] = Binding::Weight { weight: 0, shard: 2 }),
         ("does not fit", |p| p.programs[0].steps[0].bindings[2] = Binding::Buffer(0)),
         ("tap x", |p| p.programs[0].taps[0].offset = u32::MAX),
-        ("tap x", |p| p.programs[0].taps[0].layer = Some(1)),
+        ("tap x", |p| p.programs[0].taps[0].layer = Some(2)),
         ("tap x", |p| p.programs[0].taps[0].layer = Some(u32::MAX)),
         ("only for tap 1 of 1", |p| p.programs[0].steps[0].only_for = vec![0, 1]),
+        ("for drafting and for taps", |p| p.programs[0].steps[0].drafting = true),
+        ("drafting", |p| {
+            p.programs[0].kind = ProgramKind::Watch;
+            p.programs[0].steps[0].drafting = true;
+        }),
+        ("the model has 1 modules", |p| p.programs[0].kind = ProgramKind::Draft { module: 2 }),
+        ("the model has 1 modules", |p| p.programs[0].kind = ProgramKind::Draft { module: 0 }),
+        ("the model has 0 modules", |p| p.model.mtp_modules = 0),
         ("only for tap 0 of 0", |p| p.programs[0].taps.clear()),
         ("num_experts_per_tok is 3 of 2", |p| p.model.num_experts_per_tok = 3),
         ("num_experts_per_tok is 0 of 2", |p| p.model.num_experts_per_tok = 0),
         ("1 of 0 groups", |p| p.model.n_group = 0),
         ("3 of 2 groups", |p| p.model.topk_group = 3),
-        ("no such layer", |p| p.parameters[0].layer = 1),
+        ("no such layer", |p| p.parameters[0].layer = 2),
         ("there twice", second),
         ("has two", |p| {
             p.parameters.push(Parameter { kind: ParameterKind::ExpertScale, ..p.parameters[0].clone() });

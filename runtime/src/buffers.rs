@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use moewe_plan::{Binding, Dim, FINISHED_STEPS, Plan, Program, ProgramKind, Role, Symbol, Symbols};
+use moewe_plan::{Binding, DRAFT_WORDS, Dim, FINISHED_STEPS, Plan, Program, ProgramKind, Role, Symbol, Symbols};
 use wgpu::BufferUsages;
 
 use crate::memory::Buffer;
@@ -54,6 +54,15 @@ impl Buffers {
         self.find(index).expect("buffers of programs in use were made")
     }
 
+    /// Caches of layers, each with the bytes of one page.
+    pub(crate) fn caches(&self, plan: &Plan) -> Vec<(&Buffer, u64)> {
+        let page = Symbols { tokens: 0, rows: 0, sequences: 0, pages: 1 };
+        let caches = plan.buffers.iter().zip(&self.by_index).filter(|(buffer, _)| buffer.role == Role::Cache);
+        caches
+            .filter_map(|(plan, buffer)| Some((buffer.as_ref()?, plan.elements.eval(&page).saturating_mul(4))))
+            .collect()
+    }
+
     /// The buffer of a role, if a program in use needs it.
     pub(crate) fn role(&self, role: Role) -> Option<&Buffer> {
         self.by_index.iter().zip(&self.roles).find(|(_, r)| **r == role).and_then(|(buffer, _)| buffer.as_ref())
@@ -88,7 +97,10 @@ fn least_elements(plan: &Plan, role: Role, programs: &[&Program], capacity: &Sym
     match role {
         // What a parameter needs was checked with the plan.
         Role::Scratch | Role::State | Role::Cache | Role::Parameter => 0,
-        Role::Header => 4,
+        Role::Header => 8,
+        Role::Groups => 8 * max_rows(&sampling),
+        Role::Drafts => u64::from(DRAFT_WORDS) * max_rows(&sampling),
+        Role::Holes => capacity.sequences * 2,
         Role::Tokens => capacity.tokens * 4,
         Role::Rows => capacity.rows,
         Role::PageTable => capacity.sequences * pages_for(plan.model.max_context as usize) as u64,

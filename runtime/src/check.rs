@@ -58,7 +58,19 @@ fn remedy(info: &AdapterInfo) -> &'static str {
 /// What the plan's own check leaves open: a runtime must know which buffer is meant, and what may be left out or
 /// changed.
 pub(crate) fn check_plan(plan: &Plan) -> Result<()> {
-    for role in [Role::Header, Role::Tokens, Role::Rows, Role::PageTable, Role::Sampling, Role::Seen, Role::Finished] {
+    let single = [
+        Role::Header,
+        Role::Tokens,
+        Role::Rows,
+        Role::PageTable,
+        Role::Sampling,
+        Role::Seen,
+        Role::Finished,
+        Role::Groups,
+        Role::Drafts,
+        Role::Holes,
+    ];
+    for role in single {
         let names: Vec<&str> = plan.buffers.iter().filter(|b| b.role == role).map(|b| b.name.as_str()).collect();
         if names.len() > 1 {
             return Err(Error::Plan { what: format!("buffers {} share the role {role:?}", names.join(", ")) });

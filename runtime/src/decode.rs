@@ -1,7 +1,8 @@
 //! Running sequences forward: prompts in chunks, then tokens that feed back on the device.
 
-use moewe_plan::{FINISHED_STEPS, ProgramKind, Role, TokenInfo};
+use moewe_plan::{FINISHED_STEPS, POISONED, ProgramKind, Role, TokenInfo};
 
+use crate::memory::Buffer;
 use crate::session::LastRun;
 use crate::{Batch, Error, Result, SequenceId, Session};
 
@@ -95,6 +96,7 @@ impl Session {
         }
         for (&id, &token) in sequences.iter().zip(&sampled) {
             let sequence = self.slots.get_mut(id)?;
+            sequence.drafts.clear();
             sequence.cached = sequence.tokens.len();
             sequence.tokens.push(token);
         }
@@ -161,6 +163,7 @@ impl Session {
         }
         for (row, &id) in sequences.iter().enumerate() {
             let sequence = self.slots.get_mut(id)?;
+            sequence.drafts.clear();
             sequence.tokens.extend(steps_tokens.iter().map(|tokens| tokens[row]));
             sequence.cached += steps as usize;
         }
@@ -168,7 +171,7 @@ impl Session {
     }
 
     /// Words of one entry of the ring, for the program that ran.
-    fn stride(&self, run: LastRun) -> usize {
+    pub(crate) fn stride(&self, run: LastRun) -> usize {
         self.model.plan().programs[run.program].max_rows as usize
     }
 
@@ -188,20 +191,41 @@ impl Session {
 
     /// Waits for the device and reads the ring of finished tokens.
     fn ring(&self) -> Result<Vec<u32>> {
+        self.ring_with(&[])
+    }
+
+    /// The same with other buffers behind it.
+    fn ring_with(&self, others: &[&Buffer]) -> Result<Vec<u32>> {
         let plan_says = |what: String| Err(Error::Plan { what });
         let Some(buffer) = self.buffers.role(Role::Finished) else {
             return plan_says("its forward programs have no buffer of finished tokens".into());
         };
         let gpu = self.model.gpu();
-        let ring = gpu.read(gpu.encoder("finished"), &[(buffer, 0, buffer.bytes())])?;
+        let sources: Vec<_> = [buffer].iter().chain(others).map(|buffer| (*buffer, 0, buffer.bytes())).collect();
+        let ring = gpu.read(gpu.encoder("finished"), &sources)?;
         if ring[0] != self.finished {
             return plan_says(format!("its forward programs counted {} steps, {} were run", ring[0], self.finished));
         }
         Ok(ring)
     }
 
+    /// The ring, and what was drafted behind each group, if anything can be.
+    pub(crate) fn ring_and_drafts(&self) -> Result<(Vec<u32>, Vec<u32>)> {
+        let Some(drafts) = self.buffers.role(Role::Drafts) else { return Ok((self.ring()?, Vec::new())) };
+        let mut ring = self.ring_with(&[drafts])?;
+        let drafts = ring.split_off(ring.len() - (drafts.bytes() / 4) as usize);
+        Ok((ring, drafts))
+    }
+
     fn entry(&self, ring: &[u32], run: u32, stride: usize, row: usize) -> Result<u32> {
-        let token = ring[first_word(run, stride) + row];
+        self.check_token(ring[first_word(run, stride) + row])
+    }
+
+    /// A token that the device drew.
+    pub(crate) fn check_token(&self, token: u32) -> Result<u32> {
+        if token == POISONED {
+            return Err(Error::Poisoned);
+        }
         let vocab_size = self.model.plan().model.vocab_size;
         if token >= vocab_size {
             return Err(Error::Plan { what: format!("it sampled token {token} of a vocabulary of {vocab_size}") });
@@ -211,11 +235,11 @@ impl Session {
 }
 
 /// Where the tokens of a run begin in the ring.
-fn first_word(run: u32, stride: usize) -> usize {
+pub(crate) fn first_word(run: u32, stride: usize) -> usize {
     1 + (run % FINISHED_STEPS) as usize * stride
 }
 
-fn distinct(sequences: &[SequenceId]) -> Result<()> {
+pub(crate) fn distinct(sequences: &[SequenceId]) -> Result<()> {
     if sequences.is_empty() {
         return Err(Error::Batch { what: "no sequences".into() });
     }

@@ -1,5 +1,7 @@
 //! Errors of devices, models, sessions and generation.
 
+use std::path::PathBuf;
+
 use moewe_plan::{Precision, ProgramKind};
 
 /// Result with this crate's [`Error`].
@@ -201,6 +203,14 @@ pub enum Error {
         /// All pages.
         total: usize,
     },
+    /// A page that nobody uses, or that does not exist, cannot be shared.
+    #[error("page {page} of {total} is free or not there, so nothing in it can be used")]
+    FreePage {
+        /// The page.
+        page: u32,
+        /// All pages.
+        total: usize,
+    },
     /// All slots for sequences are taken.
     #[error("the session holds {max_sequences} sequences already; remove one or allow more")]
     OutOfSequences {
@@ -213,6 +223,9 @@ pub enum Error {
         /// Slot it had.
         slot: u32,
     },
+    /// The model computed no usable logits for a sequence.
+    #[error("no token can be drawn, since no logit is a number: the weights or what was computed with them hold NaN")]
+    Poisoned,
     /// A sequence is not ready for what was asked.
     #[error("sequence {slot} has {pending} tokens that were not run yet, {expected} expected")]
     Pending {
@@ -252,6 +265,44 @@ pub enum Error {
     NotRun {
         /// Kind of the program.
         kind: ProgramKind,
+    },
+    /// An engine has no room for the text of another request.
+    #[error(
+        "no room for another request: it counts as {bytes} bytes, {used} of {limit} are in use; try again when others \
+         are done"
+    )]
+    QueueFull {
+        /// Bytes of the request.
+        bytes: u64,
+        /// Bytes of requests that are not done.
+        used: u64,
+        /// Bytes there are.
+        limit: u64,
+    },
+    /// An engine has ended before the request was done.
+    #[error("the engine was stopped before the request was done")]
+    EngineStopped,
+    /// No thread could be started.
+    #[error("a thread could not be started: {source}")]
+    Thread {
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The directory of the prefix cache cannot be made, or no file can be made in it.
+    #[error("{} cannot hold the prefix cache: {source}", path.display())]
+    CacheDir {
+        /// The directory.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The prefix cache may not hold even one page.
+    #[error("the prefix cache on disk may take {max_bytes} bytes, one page of it takes {page}; allow it more")]
+    CacheTooSmall {
+        /// Bytes allowed.
+        max_bytes: u64,
+        /// Bytes of a page's file.
+        page: u64,
     },
     /// The bundle is damaged or lacks a file.
     #[error(transparent)]

@@ -7,6 +7,7 @@
 //! them out as [`moewe_plan::TapFrame`]s without ever waiting for a reader. This crate knows buffers, kernels and grids; what they compute is the plan's affair.
 
 mod buffers;
+mod cache;
 mod check;
 mod decode;
 mod device;
@@ -23,6 +24,7 @@ mod record;
 mod ring;
 mod sequences;
 mod session;
+mod step;
 mod taps;
 mod timing;
 mod watch;
@@ -33,8 +35,10 @@ pub use error::{Error, Result};
 pub use generate::{GenerateOptions, Generated, StopReason, Timing, continue_sequence, generate};
 pub use measure::{Bandwidth, copy_bandwidth, dispatch_cost, submit_latency};
 pub use model::{Model, Progress};
+pub use pages::Page;
 pub use ring::FrameReceiver;
 pub use sequences::SequenceId;
 pub use session::{Batch, Session, SessionOptions};
+pub use step::{Stepped, Work};
 pub use taps::{Tap, Words};
 pub use watch::{DECODES_PER_TIMED_RUN, Watch};

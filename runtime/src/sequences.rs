@@ -2,7 +2,7 @@
 
 use moewe_plan::{Role, Sampling};
 
-use crate::pages::pages_for;
+use crate::pages::{Page, pages_for};
 use crate::{Error, Result, Session};
 
 /// A sequence of a session.
@@ -35,11 +35,52 @@ pub(crate) struct Sequence {
     pub(crate) cached: usize,
     /// Whether a draft has followed every one of them, so that the draft's own cache has no gaps.
     pub(crate) drafted: bool,
-    pages: Vec<u32>,
+    /// What was drafted behind the tokens and is verified by the next step.
+    pub(crate) drafts: Vec<u32>,
+    /// How the latents of modules of multi-token prediction came about.
+    pub(crate) module_cache: ModuleCache,
+    pub(crate) pages: Vec<Page>,
     sampling: Sampling,
     /// Whether the device has other pages, or other sampling parameters and seen tokens.
     pages_changed: bool,
-    tokens_changed: bool,
+    pub(crate) tokens_changed: bool,
+}
+
+impl Sequence {
+    /// Makes a beginning from elsewhere its own.
+    pub(crate) fn begin_with(&mut self, pages: Vec<Page>, tokens: usize, drafted: bool) {
+        self.pages = pages;
+        self.pages_changed = true;
+        self.cached = tokens;
+        self.drafted = tokens == 0;
+        let known = ModuleCache { end: tokens, hole: [0; 2], joint: Some(tokens) };
+        self.module_cache = if drafted { known } else { ModuleCache::default() };
+    }
+
+    /// Notes that modules see the rows from here on. What they have not seen is a hole.
+    pub(crate) fn begin_drafting(&mut self, modules: u32) {
+        let ModuleCache { end, hole, joint } = &mut self.module_cache;
+        if *end >= self.cached {
+            return;
+        }
+        // Module j stands j positions further than the row that it reads.
+        let start = joint.take().unwrap_or(*end + 1) as u32;
+        let start = if hole[1] > 0 { hole[0].min(start) } else { start };
+        *hole = [start, self.cached as u32 + modules];
+        self.tokens_changed = true;
+    }
+}
+
+/// What modules of multi-token prediction have cached of a sequence that drafts.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct ModuleCache {
+    /// Tokens whose hidden rows the modules have seen, those in the hole not counted out.
+    pub(crate) end: usize,
+    /// Positions without latents, from the first one up to, and without, the second one.
+    pub(crate) hole: [u32; 2],
+    /// Where a beginning from elsewhere ends: the rows there need what was computed with it, which is gone. They are
+    /// cleared, so that nothing of another sequence is in them.
+    pub(crate) joint: Option<usize>,
 }
 
 /// The sequences by slot.
@@ -92,6 +133,8 @@ impl Session {
             tokens: prompt.to_vec(),
             cached: 0,
             drafted: true,
+            drafts: Vec::new(),
+            module_cache: ModuleCache::default(),
             pages: Vec::new(),
             sampling,
             pages_changed: true,
@@ -107,6 +150,7 @@ impl Session {
         self.check_tokens(tokens, before)?;
         let sequence = self.slots.get_mut(sequence)?;
         sequence.tokens.extend_from_slice(tokens);
+        sequence.drafts.clear();
         sequence.tokens_changed = true;
         Ok(())
     }
@@ -121,18 +165,38 @@ impl Session {
     }
 
     /// Forgets all tokens of a sequence behind the first `length`, of which there must be one. Frames that were made of
-    /// the forgotten tokens are not taken back: see [`Session::frames`].
+    /// the forgotten tokens are not taken back: see [`Session::frames`]. Pages that others use, too, are copied before the
+    /// sequence writes to them again.
     pub fn rewind(&mut self, sequence: SequenceId, length: usize) -> Result<()> {
-        let sequence = self.slots.get_mut(sequence)?;
+        self.slots.get(sequence)?;
         if length == 0 {
             return Err(Error::EmptyPrompt);
         }
+        self.unshare(sequence, (length - 1) / moewe_plan::PAGE_TOKENS as usize)?;
+        let sequence = self.slots.get_mut(sequence)?;
         if length < sequence.tokens.len() {
             sequence.tokens.truncate(length);
+            sequence.drafts.clear();
+            sequence.module_cache.end = sequence.module_cache.end.min(length - 1);
             // The last token is run again: only a run samples what follows.
             sequence.cached = sequence.cached.min(length - 1);
             sequence.drafted |= sequence.cached == 0;
             sequence.tokens_changed = true;
+        }
+        Ok(())
+    }
+
+    /// Gives a sequence copies of its pages from the `first` on that others use, too, so that it may write to them.
+    fn unshare(&mut self, id: SequenceId, first: usize) -> Result<()> {
+        for index in first..self.slots.get(id)?.pages.len() {
+            let page = self.slots.get(id)?.pages[index];
+            if self.pages.users(page) > 1 {
+                let copy = self.copy_of(page)?;
+                let sequence = self.slots.get_mut(id)?;
+                sequence.pages[index] = copy;
+                sequence.pages_changed = true;
+                self.pages.give_back([page]);
+            }
         }
         Ok(())
     }
@@ -210,6 +274,7 @@ impl Session {
                     [s.temperature, s.top_p, s.min_p, s.repetition_penalty].map(f32::to_bits);
                 let words = [temperature, top_p, min_p, penalty, s.top_k, s.seed_low, s.seed_high, 0];
                 self.write(Role::Sampling, slot * 8, &words);
+                self.write(Role::Holes, slot * 2, &sequence.module_cache.hole);
                 if self.buffers.role(Role::Seen).is_some() {
                     let mut seen = vec![0; seen_width];
                     for token in &sequence.tokens {
@@ -228,21 +293,23 @@ impl Session {
     /// Whether these can follow `before` tokens.
     fn check_tokens(&self, tokens: &[u32], before: usize) -> Result<()> {
         let info = &self.model.plan().model;
-        if tokens.is_empty() {
-            return Err(Error::EmptyPrompt);
-        }
-        if let Some(index) = tokens.iter().position(|&token| token >= info.vocab_size) {
-            return Err(Error::TokenOutOfVocabulary { index, token: tokens[index], vocab_size: info.vocab_size });
-        }
-        let (all, max_context) = (before.saturating_add(tokens.len()), info.max_context as usize);
-        if all > max_context {
-            return Err(Error::ContextExceeded { tokens: all, max_context });
-        }
-        Ok(())
+        check_tokens(tokens, before, info.vocab_size, info.max_context as usize)
     }
 }
 
-fn check_sampling(sampling: &Sampling) -> Result<()> {
+/// Whether these can follow `before` tokens.
+pub(crate) fn check_tokens(tokens: &[u32], before: usize, vocab_size: u32, max_context: usize) -> Result<()> {
+    if tokens.is_empty() {
+        return Err(Error::EmptyPrompt);
+    }
+    if let Some(index) = tokens.iter().position(|&token| token >= vocab_size) {
+        return Err(Error::TokenOutOfVocabulary { index, token: tokens[index], vocab_size });
+    }
+    let tokens = before.saturating_add(tokens.len());
+    if tokens > max_context { Err(Error::ContextExceeded { tokens, max_context }) } else { Ok(()) }
+}
+
+pub(crate) fn check_sampling(sampling: &Sampling) -> Result<()> {
     let checks: [(&str, f32, bool, &str); 4] = [
         ("temperature", sampling.temperature, sampling.temperature >= 0.0, "a number from 0"),
         ("top_p", sampling.top_p, sampling.top_p > 0.0 && sampling.top_p <= 1.0, "a number above 0, at most 1"),

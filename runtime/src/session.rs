@@ -2,9 +2,12 @@
 
 use std::sync::Arc;
 
-use moewe_plan::{Precision, Program, ProgramKind, Role, Step, Symbols, TokenInfo};
+use moewe_plan::{Group, Header, MAX_DRAFTS, Precision, Program, ProgramKind, Role, Step, Symbols, TokenInfo};
+
+use wgpu::BufferUsages;
 
 use crate::buffers::Buffers;
+use crate::memory::Buffer;
 use crate::pages::Pages;
 use crate::record::{Grids, Prepared, grids};
 use crate::sequences::{SequenceId, Slots};
@@ -64,6 +67,29 @@ impl Batch {
         Self { tokens: (first_position..).zip(ids).enumerate().map(token).collect(), rows: Vec::new() }
     }
 
+    /// The tokens of each sequence, where they stand behind one another. Rows count as the group's if they are in order.
+    fn groups(&self) -> Vec<Group> {
+        let mut groups: Vec<Group> = Vec::new();
+        for (index, token) in (0..).zip(&self.tokens) {
+            match groups.last_mut().filter(|group| group.sequence == token.sequence) {
+                Some(group) => group.tokens += 1,
+                None => groups.push(Group {
+                    first_token: index,
+                    tokens: 1,
+                    sequence: token.sequence,
+                    limit: u32::MAX,
+                    ..Group::default()
+                }),
+            }
+        }
+        for group in &mut groups {
+            let own = |row: &u32| (group.first_token..group.first_token + group.tokens).contains(row);
+            group.first_row = self.rows.iter().position(own).unwrap_or(0) as u32;
+            group.rows = self.rows.iter().filter(|row| own(row)).count() as u32;
+        }
+        groups
+    }
+
     /// Asks for the logits of every token.
     #[must_use]
     pub fn with_all_rows(mut self) -> Self {
@@ -104,6 +130,8 @@ pub struct Session {
     /// Whether any parameter differs from what changes nothing.
     pub(crate) edited: bool,
     pub(crate) watching: Option<Watching>,
+    /// The headers of a step's passes, from where they are copied as the passes come.
+    pub(crate) headers: Buffer,
 }
 
 impl Session {
@@ -117,12 +145,18 @@ impl Session {
         let programs: Vec<&Program> =
             options.kinds.iter().flat_map(|&kind| model.programs(kind, options.precision)).map(|(_, p)| p).collect();
         let buffers = Buffers::new(model.gpu(), plan, &programs, &options)?;
-        let prepared = plan.programs.iter().map(|_| None).collect();
+        let mut prepared: Vec<Option<Prepared>> = plan.programs.iter().map(|_| None).collect();
+        for (index, program) in options.kinds.iter().flat_map(|&kind| model.programs(kind, options.precision)) {
+            prepared[index] = Some(Prepared::new(&model, &buffers, program)?);
+        }
         let pages = Pages::new(buffers.capacity.pages as u32);
         let slots = Slots::new(buffers.capacity.sequences as u32);
         let watching = options.watch.as_ref().map(|watch| Watching::new(&model, &options, watch));
         let (finished, last, edited) = (0, None, false);
-        let session = Self { model, options, buffers, prepared, slots, pages, finished, last, edited, watching };
+        let header_bytes = u64::from(MAX_DRAFTS + 1) * size_of::<Header>() as u64;
+        let headers = model.gpu().buffer("headers", header_bytes, BufferUsages::COPY_SRC | BufferUsages::COPY_DST)?;
+        let session =
+            Self { model, options, buffers, prepared, slots, pages, finished, last, edited, watching, headers };
         session.write_parameters(&session.neutral_parameters())?;
         Ok(session)
     }
@@ -221,14 +255,10 @@ impl Session {
     }
 
     /// The run of the smallest program that takes so many tokens and these rows, ready to be recorded.
-    pub(crate) fn select(&mut self, kind: ProgramKind, tokens: usize, rows: &[u32]) -> Result<LastRun> {
+    pub(crate) fn select(&self, kind: ProgramKind, tokens: usize, rows: &[u32]) -> Result<LastRun> {
         let all_rows = rows.iter().copied().eq(0..tokens as u32);
         let rows = rows.len();
         let program = self.choose(kind, tokens, rows)?;
-        if self.prepared[program].is_none() {
-            let plan = self.model.plan();
-            self.prepared[program] = Some(Prepared::new(&self.model, &self.buffers, &plan.programs[program])?);
-        }
         let symbols = Symbols { tokens: tokens as u64, rows: rows as u64, ..self.buffers.capacity };
         Ok(LastRun { program, symbols, all_rows })
     }
@@ -237,11 +267,11 @@ impl Session {
     pub(crate) fn start(&mut self, kind: ProgramKind, batch: &Batch) -> Result<LastRun> {
         let run = self.select(kind, batch.tokens.len(), &batch.rows)?;
         let gpu = Arc::clone(self.model.gpu());
+        let groups = batch.groups();
         let written = gpu.scoped(|| {
-            self.write(Role::Header, 0, &[batch.tokens.len() as u32, batch.rows.len() as u32, 0, 0]);
-            let words = batch.tokens.iter().flat_map(|token| [token.id, token.position, token.sequence, token.next]);
-            self.write(Role::Tokens, 0, &words.collect::<Vec<u32>>());
-            self.write(Role::Rows, 0, &batch.rows);
+            let (tokens, rows) = (batch.tokens.len() as u32, batch.rows.len() as u32);
+            let header = Header { tokens, rows, groups: groups.len() as u32, ..Header::default() };
+            self.write_batch(&header, &groups, batch);
             self.upload_sequences();
         });
         written.map_err(|error| {
@@ -251,6 +281,15 @@ impl Session {
         Ok(run)
     }
 
+    /// Writes what a pass of the main model reads of its batch.
+    pub(crate) fn write_batch(&self, header: &Header, groups: &[Group], batch: &Batch) {
+        self.write(Role::Header, 0, &header.words());
+        self.write(Role::Groups, 0, groups.iter().flat_map(Group::words).collect::<Vec<u32>>().as_slice());
+        let words = batch.tokens.iter().flat_map(|token| [token.id, token.position, token.sequence, token.next]);
+        self.write(Role::Tokens, 0, &words.collect::<Vec<u32>>());
+        self.write(Role::Rows, 0, &batch.rows);
+    }
+
     /// Workgroups of a run's steps, as far as they are wanted.
     pub(crate) fn grids(&self, run: LastRun, wanted: &dyn Fn(&Step) -> bool) -> Result<Grids> {
         let program = &self.model.plan().programs[run.program];
@@ -258,7 +297,7 @@ impl Session {
     }
 
     pub(crate) fn prepared(&self, run: LastRun) -> &Prepared {
-        self.prepared[run.program].as_ref().expect("`select` prepared it")
+        self.prepared[run.program].as_ref().expect("the session prepared its programs")
     }
 
     /// Counts runs whose sampled tokens the device counts.
@@ -271,7 +310,7 @@ impl Session {
 
     /// Records a started run, several times over where each feeds the next.
     pub(crate) fn record(&mut self, run: LastRun, encoder: &mut wgpu::CommandEncoder, runs: u32) -> Result<()> {
-        let grids = self.grids(run, &|_| true)?;
+        let grids = self.grids(run, &|step| !step.drafting)?;
         self.prepared(run).record(encoder, &grids, runs);
         self.count(run, runs);
         self.last = Some(run);

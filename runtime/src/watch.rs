@@ -248,7 +248,7 @@ impl Session {
             None => vec![false; program.taps.len()],
         };
         let serves = |step: &Step| step.only_for.is_empty() || step.only_for.iter().any(|&tap| taps[tap as usize]);
-        let grids = self.grids(run, &serves)?;
+        let grids = self.grids(run, &|step| serves(step) && !step.drafting)?;
         let whole = program.steps.iter().all(serves);
         let timed = self.timed(run, &grids)?;
         let mut wanted = Vec::new();

@@ -31,6 +31,7 @@ fn with_shapes(kernel: &'static str) -> Variant {
         ("BLOCK_ROWS", 128),
         ("BLOCK_COLUMNS", 128),
         ("MAX_ROWS", 64),
+        ("MODULES", 2),
         ("STEPS", 32),
         ("TOP", 8),
     ];
@@ -129,4 +130,8 @@ fn snapshots() {
     insta::assert_snapshot!("top_tokens_next", link(&with_shapes("top_tokens").flag("next", true)).unwrap().wgsl);
     let attention = with_shapes("latent_attention").latent(Latent::F16);
     insta::assert_snapshot!("latent_attention_f16", link(&attention).unwrap().wgsl);
+    let holes = attention.flag("holes", true);
+    insta::assert_snapshot!("latent_attention_f16_holes", link(&holes).unwrap().wgsl);
+    insta::assert_snapshot!("accept", link(&with_shapes("accept")).unwrap().wgsl);
+    insta::assert_snapshot!("propose", link(&with_shapes("propose")).unwrap().wgsl);
 }

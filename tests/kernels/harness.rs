@@ -168,7 +168,7 @@ impl Call {
     }
 
     pub fn batch(self, tokens: usize, rows: usize) -> Self {
-        self.words("batch", &[tokens as u32, rows as u32, 0, 0])
+        self.words("batch", &[tokens as u32, rows as u32, 0, 0, 0, 0, 0, 0])
     }
 
     pub fn part(self, first: usize, count: usize, over_rows: bool) -> Self {
@@ -199,7 +199,7 @@ impl Call {
             };
             let length = words.len();
             match layout.access {
-                Access::Uniform => assert_eq!(length, 4, "{name} is a uniform of four words"),
+                Access::Uniform => assert!(length == 4 || length == 8, "{name} is a uniform of {length} words"),
                 Access::Read => words.extend([u32::MAX; GUARD]),
                 Access::ReadWrite => words.extend([UNTOUCHED; GUARD]),
             }

@@ -1,11 +1,11 @@
-//! `sample` and `advance`.
+//! `sample`.
 
-use moewe_oracle::sampling::{SamplingParams, candidates};
-use moewe_plan::{FINISHED_STEPS, Sampling};
+use moewe_oracle::sampling::{SamplingParams, candidates, distribution, draw};
+use moewe_plan::{POISONED, Sampling};
 use moewe_shaders::Variant;
 
 use super::data::{Rng, f64s};
-use super::harness::{Call, UNTOUCHED};
+use super::harness::Call;
 
 /// What a dispatch samples for.
 struct Sample<'a> {
@@ -22,15 +22,20 @@ struct Sample<'a> {
 }
 
 impl Sample<'_> {
-    /// Sampled tokens, and the tokens that each sequence has seen afterwards.
-    fn run(&self) -> (Vec<usize>, Vec<Vec<usize>>) {
-        let (vocab, count) = (self.vocab, self.rows.len());
+    /// Sampled tokens, or [`NOTHING`].
+    fn run(&self) -> Vec<usize> {
+        // Rows stand behind a token that nobody asks about, in reverse. Their tokens are none of the vocabulary.
+        let places = [(77, u32::MAX)].into_iter().chain(self.rows.iter().rev().copied());
+        let tokens: Vec<[u32; 4]> = places.map(|(position, sequence)| [u32::MAX, position, sequence, 0]).collect();
+        let rows: Vec<u32> = (1..=self.rows.len() as u32).rev().collect();
+        self.run_batch(&tokens.concat(), &rows)
+    }
+
+    /// The same for a batch of these tokens and wanted rows.
+    fn run_batch(&self, tokens: &[u32], rows: &[u32]) -> Vec<usize> {
+        let (vocab, count) = (self.vocab, rows.len());
         assert_eq!(self.logits.len(), count * vocab);
         let variant = Variant::new("sample").int("V", vocab).int("WG", self.workgroup);
-        // Rows stand behind a token that nobody asks about, in reverse.
-        let places = [(77, u32::MAX)].into_iter().chain(self.rows.iter().rev().copied());
-        let tokens: Vec<u32> = places.flat_map(|(position, sequence)| [1, position, sequence, 0]).collect();
-        let rows: Vec<u32> = (1..=count as u32).rev().collect();
         let sampling = self.sampling.iter().flat_map(|s| {
             let floats = [s.temperature, s.top_p, s.min_p, s.repetition_penalty].map(f32::to_bits);
             floats.into_iter().chain([s.top_k, s.seed_low, s.seed_high, 0])
@@ -44,24 +49,29 @@ impl Sample<'_> {
         }
         let outputs = Call::new(&variant)
             .floats("logits", self.logits)
-            .words("tokens", &tokens)
-            .words("rows", &rows)
+            .words("tokens", tokens)
+            .words("rows", rows)
             .words("sampling", &sampling.collect::<Vec<_>>())
             .words("seen", &seen)
             .output("sampled", count)
             .run([count, 1, 1]);
         let sampled: Vec<usize> = outputs.words("sampled").iter().map(|&token| token as usize).collect();
-        assert!(sampled.iter().all(|&token| token < vocab), "a token beyond the vocabulary: {sampled:?}");
-        let bits = |words: &[u32]| (0..vocab).filter(|i| words[i / 32] >> (i % 32) & 1 == 1).collect();
-        (sampled, outputs.words("seen").chunks(words).map(bits).collect())
+        assert!(
+            sampled.iter().all(|&token| token < vocab || token == NOTHING),
+            "a token beyond the vocabulary: {sampled:?}"
+        );
+        sampled
     }
 }
+
+/// What is sampled where nothing can be.
+const NOTHING: usize = POISONED as usize;
 
 /// One row for each setting, each with a sequence of its own.
 fn sample_each(vocab: usize, workgroup: usize, logits: &[f32], sampling: Vec<Sampling>) -> Vec<usize> {
     let rows = (0..sampling.len() as u32).map(|sequence| (3, sequence)).collect();
     let seen = vec![Vec::new(); sampling.len()];
-    Sample { vocab, workgroup, logits, rows, sampling, seen }.run().0
+    Sample { vocab, workgroup, logits, rows, sampling, seen }.run()
 }
 
 const FREE: Sampling = Sampling {
@@ -104,7 +114,8 @@ fn greedy_takes_the_lowest_of_the_largest() {
                     _ => numbers[best] = f32::NAN,
                 }
                 let clean: Vec<f32> = numbers.iter().map(|n| if n.is_nan() { f32::NEG_INFINITY } else { *n }).collect();
-                want.push(moewe_oracle::ops::argmax(&f64s(&clean)));
+                let dead = clean.iter().all(|logit| *logit == f32::NEG_INFINITY);
+                want.push(if dead { NOTHING } else { moewe_oracle::ops::argmax(&f64s(&clean)) });
                 logits.extend(numbers);
             }
             // Neither seed nor the other settings matter.
@@ -116,7 +127,7 @@ fn greedy_takes_the_lowest_of_the_largest() {
 }
 
 #[test]
-fn seen_tokens_are_penalised_and_noted() {
+fn seen_tokens_are_penalised() {
     let logits = [2.0, 1.5, -0.5, -0.4, 0.0].repeat(5);
     let penalty = Sampling { temperature: 0.0, repetition_penalty: 2.0, ..FREE };
     let seen = vec![vec![], vec![0], vec![0, 1, 4], vec![3, 0, 1, 4], vec![]];
@@ -124,16 +135,39 @@ fn seen_tokens_are_penalised_and_noted() {
     let mut sampling = vec![penalty; 5];
     sampling[4].repetition_penalty = 0.25; // a reward
     let case = Sample { vocab: 5, workgroup: 8, logits: &logits, rows, sampling, seen: seen.clone() };
-    let (tokens, after) = case.run();
+    let tokens = case.run();
     let want: Vec<usize> =
         (0..5).map(|i| candidates(&f64s(&logits[..5]), &seen[i], &params(&case.sampling[i]))[0].token).collect();
     assert_eq!(tokens, want);
     assert_eq!(&tokens[..3], [0, 1, 0]);
-    for ((before, after), token) in seen.iter().zip(&after).zip(tokens) {
-        let mut all: Vec<usize> = before.iter().copied().chain([token]).collect();
-        all.sort_unstable();
-        all.dedup();
-        assert_eq!(after, &all);
+}
+
+/// The tokens of a batch are seen by the rows behind them of the same sequence, up to seven before a row's own, whether the
+/// drafts among them will be accepted or not.
+#[test]
+fn tokens_before_a_row_are_penalised() {
+    let vocab = 40;
+    // Token i of the batch is token i; sequence 0 has 3, sequence 1 has 12, sequence 0 again 3.
+    let sequences = [vec![0; 3], vec![1; 12], vec![0; 3]].concat();
+    let tokens: Vec<u32> = (0..).zip(&sequences).flat_map(|(i, &sequence)| [i, 50 + i, sequence, 0]).collect();
+    let rows: Vec<u32> = (0..18).rev().collect();
+    // The larger id, the less; whatever is penalised falls behind all others.
+    let logits: Vec<f32> = (0..vocab).map(|i| 9.0 - i as f32 * 0.01).collect();
+    let how = Sampling { temperature: 0.0, repetition_penalty: 2.0, ..FREE };
+    let seen = vec![vec![1, 5], vec![0, 2, 13]];
+    for (penalty, workgroup) in [(2.0, 8), (2.0, 64), (1.0, 64)] {
+        let how = Sampling { repetition_penalty: penalty, ..how };
+        let logits = logits.repeat(18);
+        let case =
+            Sample { vocab, workgroup, logits: &logits, rows: Vec::new(), sampling: vec![how; 2], seen: seen.clone() };
+        let found = case.run_batch(&tokens, &rows);
+        for (&row, token) in rows.iter().zip(found) {
+            let row = row as usize;
+            let before = (0..=row).rev().take(8).take_while(|&i| sequences[i] == sequences[row]);
+            let seen: Vec<usize> = before.chain(seen[sequences[row] as usize].iter().copied()).collect();
+            let want = candidates(&f64s(&logits[..vocab]), &seen, &params(&how))[0].token;
+            assert_eq!(token, want, "row {row}, penalty {penalty}");
+        }
     }
 }
 
@@ -157,7 +191,14 @@ fn check_distribution(what: &str, logits: &[f32], workgroup: usize, draws: usize
             sampling: (0..rows).map(seed).collect(),
             seen: vec![seen.to_vec(); rows],
         };
-        case.run().0.into_iter().for_each(|token| counts[token] += 1);
+        for (row, token) in case.run().into_iter().enumerate() {
+            counts[token] += 1;
+            // Where the race is not all but undecided, the winner is known.
+            let sampling = &case.sampling[row];
+            let seed = u64::from(sampling.seed_low) | u64::from(sampling.seed_high) << 32;
+            let (winner, lead) = draw(&want, seed, case.rows[row].0);
+            assert!(token == winner || lead < 1e-4, "{what}: {token} won instead of {winner}, by {lead:e}");
+        }
     }
     let drawn = counts.iter().sum::<usize>() as f64;
     assert_eq!(drawn as usize, draws);
@@ -185,15 +226,15 @@ fn logits_of_50() -> Vec<f32> {
 fn draws_follow_the_distribution() {
     let logits = logits_of_50();
     let check = |what: &str, draws, how| check_distribution(what, &logits, 8, draws, how, &[]);
-    check("plain", 20_000, FREE);
-    check("hot", 8_000, Sampling { temperature: 1.7, ..FREE });
-    check("cold", 8_000, Sampling { temperature: 0.4, ..FREE });
-    check("top-k 7", 8_000, Sampling { top_k: 7, ..FREE });
+    check("plain", 60_000, FREE);
+    check("hot", 50_000, Sampling { temperature: 1.7, ..FREE });
+    check("cold", 50_000, Sampling { temperature: 0.4, ..FREE });
+    check("top-k 7", 50_000, Sampling { top_k: 7, ..FREE });
     check("top-k 1", 2_000, Sampling { top_k: 1, ..FREE });
     check("top-k of all", 2_000, Sampling { top_k: 50, ..FREE });
-    check("top-p 0.7", 8_000, Sampling { top_p: 0.7, ..FREE });
+    check("top-p 0.7", 50_000, Sampling { top_p: 0.7, ..FREE });
     check("top-p of next to nothing", 2_000, Sampling { top_p: 1e-6, ..FREE });
-    check("min-p 0.2", 8_000, Sampling { min_p: 0.2, ..FREE });
+    check("min-p 0.2", 50_000, Sampling { min_p: 0.2, ..FREE });
     check("min-p 1", 2_000, Sampling { min_p: 1.0, ..FREE });
 }
 
@@ -201,12 +242,12 @@ fn draws_follow_the_distribution() {
 fn settings_work_together() {
     let logits = logits_of_50();
     let all = Sampling { temperature: 1.3, top_k: 20, top_p: 0.8, min_p: 0.15, ..FREE };
-    check_distribution("all at once", &logits, 8, 20_000, all, &[]);
+    check_distribution("all at once", &logits, 8, 50_000, all, &[]);
     let seen: Vec<usize> = (0..50).step_by(3).collect();
     let penalty = Sampling { repetition_penalty: 1.6, ..FREE };
-    check_distribution("penalty", &logits, 8, 8_000, penalty, &seen);
+    check_distribution("penalty", &logits, 8, 50_000, penalty, &seen);
     let both = Sampling { repetition_penalty: 1.6, ..all };
-    check_distribution("all and penalty", &logits, 8, 8_000, both, &seen);
+    check_distribution("all and penalty", &logits, 8, 50_000, both, &seen);
     check_distribution("64 invocations", &logits, 64, 2_000, both, &seen);
 }
 
@@ -251,7 +292,7 @@ fn the_draw_depends_on_seed_and_position_only() {
     let run = |seed: u32, first: u32, workgroup| {
         let rows = (0..40).map(|row| (first + row, row)).collect();
         let sampling = vec![Sampling { seed_low: seed, ..FREE }; 40];
-        Sample { vocab: 50, workgroup, logits: &repeated, rows, sampling, seen: vec![Vec::new(); 40] }.run().0
+        Sample { vocab: 50, workgroup, logits: &repeated, rows, sampling, seen: vec![Vec::new(); 40] }.run()
     };
     let base = run(11, 100, 8);
     assert_eq!(run(11, 100, 8), base, "not deterministic");
@@ -263,7 +304,84 @@ fn the_draw_depends_on_seed_and_position_only() {
     assert!(base.iter().any(|token| *token != base[0]), "every position drew the same");
 }
 
-/// Logits that are no numbers never hang the sampler, and a token of the vocabulary comes out.
+/// For each place (seed and position) the token that is drawn.
+fn draws(logits: &[f32], how: Sampling, places: &[(u64, u32)]) -> Vec<usize> {
+    let block = |places: &[(u64, u32)]| {
+        let seeded =
+            |&(seed, _): &(u64, u32)| Sampling { seed_low: seed as u32, seed_high: (seed >> 32) as u32, ..how };
+        let case = Sample {
+            vocab: logits.len(),
+            workgroup: 8,
+            logits: &logits.repeat(places.len()),
+            rows: (0..).zip(places).map(|(sequence, place)| (place.1, sequence)).collect(),
+            sampling: places.iter().map(seeded).collect(),
+            seen: vec![Vec::new(); places.len()],
+        };
+        case.run()
+    };
+    places.chunks(1000).flat_map(block).collect()
+}
+
+/// Another place for a seed and a position.
+type Other = fn(u64, u32) -> (u64, u32);
+
+/// Draws of neighbouring positions and seeds tell nothing of each other.
+#[test]
+fn draws_are_independent() {
+    let weights = [0.3f32, 0.25, 0.2, 0.15, 0.1];
+    let logits = weights.map(f32::ln);
+    let places: Vec<(u64, u32)> = (0..20_000).map(|i| (u64::from(i % 10) * 3, i / 10 * 2)).collect();
+    let first = draws(&logits, FREE, &places);
+    let others: [(&str, Other); 7] = [
+        ("the next position", |seed, position| (seed, position + 1)),
+        ("the next seed", |seed, position| (seed + 1, position)),
+        ("a seed with another high half", |seed, position| (seed | 1 << 32, position)),
+        ("the next seed and the position before", |seed, position| (seed + 1, position.wrapping_sub(1))),
+        ("a seed whose low half has another highest bit", |seed, position| (seed ^ 1 << 31, position)),
+        ("a seed whose high half has another highest bit", |seed, position| (seed ^ 1 << 63, position)),
+        ("a distant position", |seed, position| (seed, position ^ 0x8000_0000)),
+    ];
+    for (what, other) in others {
+        let second = draws(&logits, FREE, &places.iter().map(|&(s, p)| other(s, p)).collect::<Vec<_>>());
+        let mut counts = [[0.0; 5]; 5];
+        first.iter().zip(&second).for_each(|(&a, &b)| counts[a][b] += 1.0);
+        let expected = |a: usize, b: usize| f64::from(weights[a] * weights[b]) * places.len() as f64;
+        let cells = (0..25).map(|i| (i / 5, i % 5));
+        let chi2: f64 = cells.map(|(a, b)| (counts[a][b] - expected(a, b)).powi(2) / expected(a, b)).sum();
+        println!("sample, {what}: χ² {chi2:.1} with 24 degrees of freedom");
+        assert!(chi2 < 60.0, "{what}: χ² {chi2} for 24");
+    }
+}
+
+/// Rows of one position whose distributions are close mostly draw the same token: as often as the coupling promises, and
+/// never more often than any could.
+#[test]
+fn close_distributions_draw_alike() {
+    let mut rng = Rng::new(65);
+    let logits = logits_of_50();
+    let places: Vec<(u64, u32)> = (0..20_000).map(|i| (77, i)).collect();
+    for (noise, how, other) in [
+        (0.0, FREE, FREE),
+        (0.1, FREE, FREE),
+        (1.0, FREE, FREE),
+        (4.0, FREE, FREE),
+        (0.3, Sampling { top_k: 7, ..FREE }, Sampling { top_k: 7, ..FREE }),
+        (0.3, Sampling { top_p: 0.8, temperature: 0.7, ..FREE }, Sampling { top_p: 0.8, temperature: 0.7, ..FREE }),
+        (0.0, Sampling { min_p: 0.1, ..FREE }, Sampling { temperature: 1.5, ..FREE }),
+    ] {
+        let noisy: Vec<f32> = logits.iter().map(|logit| logit + noise * rng.number()).collect();
+        let (p, q) =
+            (distribution(&f64s(&logits), &[], &params(&how)), distribution(&f64s(&noisy), &[], &params(&other)));
+        let distance = p.iter().zip(&q).map(|(p, q)| (p - q).abs()).sum::<f64>() / 2.0;
+        let (a, b) = (draws(&logits, how, &places), draws(&noisy, other, &places));
+        let alike = a.iter().zip(&b).filter(|(a, b)| a == b).count() as f64 / places.len() as f64;
+        println!("sample: distance {distance:.3}, alike {alike:.3}");
+        assert!(alike >= (1.0 - distance) / (1.0 + distance) - 0.015, "{alike} at a distance of {distance}");
+        assert!(alike <= 1.0 - distance + 0.015, "{alike} at a distance of {distance}");
+    }
+}
+
+/// Logits that are no numbers never hang the sampler. A token that has a logit above −∞ comes out if there is any.
 #[test]
 fn logits_that_are_not_numbers() {
     let mut rng = Rng::new(63);
@@ -300,6 +418,8 @@ fn logits_that_are_not_numbers() {
     for workgroup in [8, 64] {
         let tokens = sample_each(vocab, workgroup, &logits, sampling.clone());
         for (row, tokens) in tokens.chunks(settings.len()).enumerate() {
+            let dead = [0, 1, 6].contains(&row);
+            assert!(tokens.iter().all(|&token| (token == NOTHING) == dead), "row {row}: {tokens:?}");
             match row {
                 2 => assert!(tokens.iter().all(|token| token % 2 == 1), "NaN was drawn: {tokens:?}"),
                 3 => assert!(tokens.iter().enumerate().all(|(i, &token)| token == 33 || i == 6), "{tokens:?}"),
@@ -307,42 +427,5 @@ fn logits_that_are_not_numbers() {
                 _ => {}
             }
         }
-    }
-}
-
-const MAX_ROWS: usize = 64;
-
-#[test]
-fn sampled_tokens_become_the_next_batch() {
-    let mut rng = Rng::new(64);
-    let steps = FINISHED_STEPS as usize;
-    let variant = Variant::new("advance").int("MAX_ROWS", MAX_ROWS).int("STEPS", steps).int("WG", MAX_ROWS);
-    for (count, finished) in [(1, 0), (2, 1), (7, 31), (63, 32), (64, 33), (64, 95), (5, u32::MAX)] {
-        // More tokens than rows, the wanted ones in random order.
-        let t = 100;
-        let tokens: Vec<u32> = (0..t).flat_map(|i| [500 + i, 3 * i, i % 7, i % 3]).collect();
-        let rows: Vec<u32> = rng.permutation(t as usize)[..count].iter().map(|&row| row as u32).collect();
-        let sampled: Vec<u32> = (0..count).map(|row| 9000 + row as u32).collect();
-        let mut ring = vec![UNTOUCHED; 1 + steps * MAX_ROWS];
-        ring[0] = finished;
-        let outputs = Call::new(&variant)
-            .batch(t as usize, count)
-            .words("sampled", &sampled)
-            .words("tokens", &tokens)
-            .words("rows", &rows)
-            .words("finished", &ring)
-            .run([1, 1, 1]);
-        let mut next = tokens.clone();
-        for (row, &from) in rows.iter().enumerate() {
-            let from = 4 * from as usize;
-            next[4 * row..][..4].copy_from_slice(&[sampled[row], tokens[from + 1] + 1, tokens[from + 2], 0]);
-        }
-        assert_eq!(outputs.words("tokens"), next, "{count} rows");
-        let identity: Vec<u32> = (0..count as u32).collect();
-        assert_eq!(outputs.words("rows"), identity);
-        ring[0] = finished.wrapping_add(1);
-        let at = 1 + finished as usize % steps * MAX_ROWS;
-        ring[at..][..count].copy_from_slice(&sampled);
-        assert_eq!(outputs.words("finished"), ring, "{count} rows after {finished} steps");
     }
 }

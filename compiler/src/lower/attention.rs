@@ -62,14 +62,19 @@ impl Lowering<'_, '_> {
 
     pub(super) fn latent_attention(&mut self, node: &Node, layer: usize, mla: &Mla, y: Value) -> Result<()> {
         let max_pages = select::max_pages(self.config.max_position_embeddings);
-        let variant = self.selector.latent_attention(mla, max_pages, self.first_position);
-        let slots = [
+        // Modules of multi-token prediction may have skipped positions.
+        let holes = self.first_position > 0;
+        let variant = self.selector.latent_attention(mla, max_pages, self.first_position, holes);
+        let mut slots = vec![
             ("q", Slot::Value(node.inputs[0])),
             ("cache", self.cache(layer)),
             ("tokens", self.role(Role::Tokens)),
             ("pages", self.role(Role::PageTable)),
             ("y", Slot::Value(y)),
         ];
+        if holes {
+            slots.push(("holes", self.role(Role::Holes)));
+        }
         let numbers = mla.rank + mla.rope;
         let cost = Cost {
             token_bytes: 4 * (mla.heads * (numbers + mla.rank)) as u64,

@@ -1,6 +1,6 @@
 //! DeepSeek-V2, V3, R1 and Kimi-K2: the decoder as a graph, with the names of their checkpoints (spec §§1, 3, 5, 6, 7).
 
-use moewe_plan::{TapChoice, TapGroup};
+use moewe_plan::{MAX_DRAFT_MODULES, TapChoice, TapGroup};
 
 use crate::{
     config::{Config, Scoring, TopkMethod},
@@ -48,8 +48,12 @@ impl Decoder<'_> {
 
     fn forward(&mut self) {
         let states = self.layers();
-        let (_, token) = self.sample(states[states.len() - 1]);
-        self.builder.push(Op::Advance, &[token], "advance");
+        let last = states[states.len() - 1];
+        let (_, token) = self.sample(last);
+        if self.config.num_nextn_predict_layers > 0 {
+            self.keep_hidden(last);
+        }
+        self.builder.push(Op::Accept, &[token], "accept");
     }
 
     fn watch(&mut self) {
@@ -60,8 +64,8 @@ impl Decoder<'_> {
         let (logits, token) = self.sample(last);
         self.keep_hidden(last);
         self.predictions(&states[1..], logits, token);
-        // The sampled tokens are the next batch from here on.
-        self.builder.push(Op::Advance, &[token], "advance");
+        // The batch is the next one from here on.
+        self.builder.push(Op::Accept, &[token], "accept");
     }
 
     fn trace(&mut self) {
@@ -86,7 +90,7 @@ impl Decoder<'_> {
         self.builder.layer = Some(layer);
         let e = self.embed(&own("embed_tokens.weight", EMBEDDING));
         let carried = if module == 1 { "hidden".to_owned() } else { format!("hidden.{}", module - 1) };
-        let h = self.builder.push(Op::ReadState { name: carried, len: hidden_size }, &[], "carried_hidden");
+        let h = self.builder.push(Op::ReadState { name: carried.clone(), len: hidden_size }, &[], "carried_hidden");
         let e = self.norm(e, &format!("{prefix}.enorm.weight"), eps, "enorm");
         let h = self.norm(h, &format!("{prefix}.hnorm.weight"), eps, "hnorm");
         let joined = self.builder.push(Op::Concat, &[e, h], "join");
@@ -97,9 +101,15 @@ impl Decoder<'_> {
         let hidden = self.norm(y, &format!("{prefix}.shared_head.norm.weight"), eps, "shared_head_norm");
         self.tap(TapGroup::Hidden, format!("mtp.{module}.hidden"), hidden);
         if module < modules {
-            self.builder.push(Op::WriteState(format!("hidden.{module}")), &[hidden], "keep_hidden");
+            let name = format!("hidden.{module}");
+            self.builder.push(Op::WriteState { name, drafting: false }, &[hidden], "keep_hidden");
         }
+        let drafters = modules.min(MAX_DRAFT_MODULES as usize);
         let rows = self.builder.push(Op::GatherRows, &[hidden], "wanted_rows");
+        if module == drafters {
+            // So that the last module can go on from its own output.
+            self.builder.push(Op::WriteState { name: carried, drafting: true }, &[rows], "keep_rows");
+        }
         let head = own("shared_head.head.weight", self.main_head());
         let logits = self.linear(rows, &head, self.config.vocab_size, false, "head");
         self.tap(TapGroup::Logits, format!("mtp.{module}.logits"), logits);
@@ -108,6 +118,10 @@ impl Decoder<'_> {
             let ids = self.builder.push(Op::TopTokens(Asked::Nothing), &[logits], "top");
             self.builder.tap(TapGroup::Mtp, format!("mtp.{module}.ids"), ids);
             self.builder.tap(TapGroup::Mtp, format!("mtp.{module}.probs"), Value { output: 1, ..ids });
+        }
+        if module <= drafters {
+            let token = self.builder.push(Op::Sample, &[logits], "sample");
+            self.builder.push(Op::Propose, &[token], "propose");
         }
     }
 
@@ -141,7 +155,8 @@ impl Decoder<'_> {
         let normed = self.norm(hidden, FINAL_NORM, self.config.rms_norm_eps, "final_norm");
         self.tap(TapGroup::Hidden, "final_norm", normed);
         if self.config.num_nextn_predict_layers > 0 {
-            self.builder.push(Op::WriteState("hidden".into()), &[normed], "keep_hidden");
+            let drafting = self.target == Target::Forward;
+            self.builder.push(Op::WriteState { name: "hidden".into(), drafting }, &[normed], "keep_hidden");
         }
         normed
     }

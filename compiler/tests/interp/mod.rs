@@ -116,7 +116,7 @@ impl Step<'_, '_, '_> {
             return self.router(rule, *bias);
         }
         match self.node.op.clone() {
-            Op::Advance => {
+            Op::Accept | Op::Propose => {
                 let tokens = self.inputs[0].iter().map(|&t| t as u32);
                 self.session.finished.extend(tokens);
                 Vec::new()
@@ -133,7 +133,7 @@ impl Step<'_, '_, '_> {
                 ops::embed(self.weight(*weight), self.node.outputs[0].row_len(), &self.batch.tokens)
             }
             Op::ReadState { name, .. } => self.session.states[name].clone(),
-            Op::WriteState(name) => {
+            Op::WriteState { name, .. } => {
                 self.session.states.insert(name.clone(), self.inputs[0].to_vec());
                 self.inputs[0].to_vec()
             }

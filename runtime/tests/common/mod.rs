@@ -60,7 +60,7 @@ fn buffers() -> Vec<Buffer> {
     let width = u64::from(MAX_CONTEXT.div_ceil(64));
     let buffer = |name: &str, dtype, elements, role| Buffer { name: name.into(), dtype, elements, role };
     vec![
-        buffer("batch", DType::U32, Dim::Const(4), Role::Header),
+        buffer("batch", DType::U32, Dim::Const(8), Role::Header),
         buffer("tokens", DType::U32, Dim::Times(Symbol::Tokens, 4), Role::Tokens),
         buffer("rows", DType::U32, Dim::Symbol(Symbol::Rows), Role::Rows),
         buffer("page_table", DType::U32, Dim::Times(Symbol::Sequences, width), Role::PageTable),
@@ -191,6 +191,7 @@ impl Maker {
             params,
             cost: Cost::default(),
             only_for: Vec::new(),
+            drafting: false,
         }
     }
 

@@ -85,6 +85,38 @@ fn nucleus(sorted: &[Candidate], top_p: f64) -> usize {
     sorted.iter().position(reaches).map_or(sorted.len(), |i| i + 1)
 }
 
+/// 32 bits for a token (PCG4D of Jarzynski and Olano, "Hash Functions for GPU Rendering", 2020, with a third round).
+pub fn hash(seed: u64, position: u32, token: u32) -> u32 {
+    let step = |x: u32| x.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+    let [mut x, mut y, mut z, mut w] = [seed as u32, (seed >> 32) as u32, position, token].map(step);
+    for _ in 0..3 {
+        x = x.wrapping_add(y.wrapping_mul(w));
+        y = y.wrapping_add(z.wrapping_mul(x));
+        z = z.wrapping_add(x.wrapping_mul(y));
+        w = w.wrapping_add(y.wrapping_mul(z));
+        [x, y, z, w] = [x, y, z, w].map(|word| word ^ word >> 16);
+    }
+    x
+}
+
+/// The draw, a race (Gumbel-max): each candidate has an exponential time by seed, position and token; the one whose time
+/// divided by its probability is least wins. Returns it and its lead: how much less the logarithm is than the second's.
+///
+/// Two distributions that are drawn from at one seed and position mostly give the same token, with a probability of at
+/// least (1 − d) / (1 + d), where d is their total variation distance (Daliri, Musco, Suresh 2024, "Coupling without
+/// communication and drafter-invariant speculative decoding").
+pub fn draw(candidates: &[Candidate], seed: u64, position: u32) -> (usize, f64) {
+    let log_time = |token: usize| {
+        let v =
+            (f64::from(hash(seed, position, token as u32)) / 2f64.powi(32)).clamp(2f64.powi(-33), 1.0 - 2f64.powi(-24));
+        (-(-v).ln_1p()).ln()
+    };
+    let times = candidates.iter().map(|c| (log_time(c.token) - c.probability.ln(), c.token));
+    let mut times: Vec<(f64, usize)> = times.collect();
+    times.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
+    (times[0].1, times.get(1).map_or(f64::INFINITY, |second| second.0 - times[0].0))
+}
+
 /// The same as a distribution over the vocabulary, `[V]`, zero where a token may not be drawn.
 pub fn distribution(logits: &[f64], seen: &[usize], params: &SamplingParams) -> Vec<f64> {
     let mut out = vec![0.0; logits.len()];
@@ -136,6 +168,26 @@ mod tests {
     fn min_p_is_relative_to_the_greatest() {
         let params = SamplingParams { min_p: 0.4, ..SamplingParams::default() };
         assert_eq!(percents(&[0.48, 0.32, 0.19, 0.01], &[], &params), [(0, 60), (1, 40)]);
+    }
+
+    /// A race of three for many positions: each wins as often as it should, and two races of close distributions mostly
+    /// have one winner.
+    #[test]
+    fn races_are_fair_and_alike() {
+        let of = |weights: [f64; 3]| {
+            let logits: Vec<f64> = weights.iter().map(|w| w.ln()).collect();
+            candidates(&logits, &[], &SamplingParams::default())
+        };
+        let (p, q) = (of([0.5, 0.3, 0.2]), of([0.4, 0.3, 0.3]));
+        let (mut wins, mut alike, races) = ([0.0; 3], 0.0, 40_000);
+        for position in 0..races {
+            let winner = draw(&p, 5, position).0;
+            wins[winner] += 1.0 / f64::from(races);
+            alike += f64::from(u8::from(winner == draw(&q, 5, position).0)) / f64::from(races);
+        }
+        assert!(wins.iter().zip([0.5, 0.3, 0.2]).all(|(won, p)| (won - p).abs() < 0.01), "{wins:?}");
+        assert!((0.9 / 1.1 - 0.01..0.91).contains(&alike), "{alike}");
+        assert_eq!(draw(&p[..1], 5, 0), (0, f64::INFINITY));
     }
 
     #[test]

@@ -59,7 +59,7 @@ pub fn part(step: &StepInfo) -> &str {
 /// Whether a step works on the rows whose logits are wanted, and not on every token.
 fn counts_rows(step: &StepInfo) -> bool {
     match part(step) {
-        "wanted_rows" | "head" | "sample" | "advance" => true,
+        "wanted_rows" | "head" | "sample" | "accept" => true,
         // Behind the main model it is made for all tokens, behind a module of drafts for the wanted rows.
         "top" => step.layer.is_some(),
         _ => false,
