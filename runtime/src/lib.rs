@@ -12,6 +12,7 @@ mod check;
 mod decode;
 mod device;
 mod drafts;
+pub mod engine;
 mod error;
 mod frame;
 mod generate;
