@@ -81,8 +81,9 @@ fn drafts(model: &Arc<Model>, prompts: &[Vec<u32>]) {
                 assert_eq!(found, first, "drafts change nothing");
                 seconds[i] += finished.decode.as_secs_f64();
                 tokens[i] += finished.new_tokens - 1;
-                acceptance[i].resize(acceptance[i].len().max(finished.acceptance.len()), (0, 0));
-                for (sum, (drafted, accepted)) in acceptance[i].iter_mut().zip(finished.acceptance) {
+                let sums = &mut acceptance[i];
+                sums.resize(sums.len().max(finished.acceptance.len()), (0, 0));
+                for (sum, (drafted, accepted)) in sums.iter_mut().zip(finished.acceptance) {
                     *sum = (sum.0 + drafted, sum.1 + accepted);
                 }
             }
@@ -91,7 +92,8 @@ fn drafts(model: &Arc<Model>, prompts: &[Vec<u32>]) {
         for (i, (mode, _)) in modes.iter().enumerate() {
             let rate = tokens[i] as f64 / seconds[i];
             let speed_up = rate / (tokens[0] as f64 / seconds[0]);
-            let shares = acceptance[i].iter().map(|&(drafted, accepted)| accepted as f64 / drafted.max(1) as f64);
+            let tried = acceptance[i].iter().filter(|position| position.0 > 0);
+            let shares = tried.map(|&(drafted, accepted)| accepted as f64 / drafted.max(1) as f64);
             let shares: Vec<String> = shares.map(|share| format!("{share:.3}")).collect();
             let drafted: u64 = acceptance[i].iter().map(|position| position.0).sum();
             println!(

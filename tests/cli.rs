@@ -54,9 +54,13 @@ fn run_prints_what_scripts_need() {
     assert!(said["prompt_tokens"].as_array().unwrap().len() > 1);
     assert_eq!(said["stop_reason"], "length");
     let timing = said["timing"].as_object().unwrap();
-    for field in ["load_seconds", "prefill_seconds", "decode_seconds", "prefill_tokens_per_second"] {
+    for field in ["load_seconds", "waited_seconds", "prefill_seconds", "decode_seconds", "prefill_tokens_per_second"] {
         assert!(timing[field].as_f64().unwrap() > 0.0, "{field}");
     }
+    assert_eq!(
+        (&said["cached_tokens"], &said["computed_tokens"], &said["mtp"]["mode"]),
+        (&json!(0), &json!(3), &json!("auto"))
+    );
     assert_eq!((&timing["prefill_tokens"], &timing["decode_tokens"]), (&json!(3), &json!(8)));
     // Without --json the prompt, then the text.
     let text = said["text"].as_str().unwrap();
@@ -75,6 +79,135 @@ fn run_prints_what_scripts_need() {
     assert_eq!(named["prompts"][1]["name"], "json");
     let map = moewe!["run", demo(), prompts[0], prompts[1], prompts[2], prompts[3], "-n", "9", "--heatmap"].ok();
     assert!(map.stdout.contains("bible") && map.stdout.contains("json") && map.stdout.lines().count() > 10);
+}
+
+#[test]
+fn drafts_change_no_token() {
+    let (ids, count) = ("0,164,242,13,47,255", "32");
+    for model in [tiny_bundle().to_owned(), golden("v3-mtp-accept-tiny")] {
+        let run = |mtp: &str, more: &[&str]| {
+            let mut args = vec!["run".into(), model.clone().into(), "--tokens".into(), ids.into()];
+            args.extend(["--json", "--ignore-eos", "-n", count, "--mtp", mtp].iter().chain(more).map(Into::into));
+            cli::Call::new(args).json()
+        };
+        for sampling in [&["-t", "0"][..], &["-t", "1", "--seed", "4"]] {
+            let plain = run("off", sampling);
+            let none = json!({"mode": "off", "drafted": 0, "accepted": 0, "acceptance": []});
+            assert_eq!(plain["mtp"], none);
+            for mtp in ["auto", "1", "2", "7"] {
+                let said = run(mtp, sampling);
+                assert_eq!(said["tokens"], plain["tokens"], "{mtp}");
+                let drafting = &said["mtp"];
+                assert_eq!(drafting["mode"], mtp.parse().map_or_else(|_| json!(mtp), |drafts: u64| json!(drafts)));
+                let positions = drafting["acceptance"].as_array().unwrap();
+                let most: usize = mtp.parse().unwrap_or(7);
+                assert!(positions.len() <= most && (mtp == "auto" || !positions.is_empty()), "{mtp}: {drafting}");
+                let sum = |field: &str| positions.iter().map(|position| position[field].as_u64().unwrap()).sum::<u64>();
+                assert_eq!(
+                    (&drafting["drafted"], &drafting["accepted"]),
+                    (&json!(sum("drafted")), &json!(sum("accepted")))
+                );
+            }
+        }
+    }
+    // Modules that were trained to agree with the model do.
+    let said = moewe![
+        "run",
+        golden("v3-mtp-accept-tiny"),
+        "--tokens",
+        &ids,
+        "-n",
+        "40",
+        "-t",
+        "0",
+        "--ignore-eos",
+        "--mtp",
+        "1",
+        "--json"
+    ];
+    let said = said.json();
+    assert!(said["mtp"]["accepted"].as_u64().unwrap() > 0, "{said}");
+    // Models without modules say nothing, and cannot be told to.
+    let plain = moewe!["run", golden("v2-tiny"), "--tokens", "1,2", "-n", "2", "--json"].json();
+    assert_eq!(plain["mtp"], Value::Null);
+    let refused = moewe!["run", golden("v2-tiny"), "--tokens", "1,2", "--mtp", "1"];
+    refused.refused(2, &["--mtp", "no modules of multi-token prediction"]);
+    moewe!["run", golden("v2-tiny"), "--tokens", "1,2", "-n", "2", "--mtp", "auto"].ok();
+    for mtp in ["0", "8", "-1", "on", ""] {
+        moewe!["run", tiny_bundle(), "--tokens", "1", "--mtp", mtp].refused(2, &["--mtp"]);
+    }
+    for more in [["--record", "never.moewe-rec"], ["--mute", "1:1"]] {
+        let call = moewe!["run", tiny_bundle(), "--tokens", "1", "--mtp", "1", more[0], more[1]];
+        call.refused(2, &["--mtp: nothing is drafted where the model is"]);
+    }
+    let watched = moewe!["run", tiny_bundle(), "--tokens", "1", "-n", "2", "--mute", "1:1", "--json"].json();
+    assert_eq!(watched["mtp"]["mode"], "off");
+}
+
+#[test]
+fn several_prompts_are_those_of_single_runs() {
+    let options = ["-n", "11", "--seed", "7", "--ignore-eos"];
+    let texts = ["The king", "Once upon a time there was", "{\"name\":", "The king"];
+    let single: Vec<String> = texts
+        .iter()
+        .map(|text| {
+            let args = vec!["run".into(), demo().into(), (*text).into()];
+            cli::Call::new([args, options.iter().map(Into::into).collect()].concat()).ok().stdout
+        })
+        .collect();
+    let mut args: Vec<std::ffi::OsString> = vec!["run".into(), demo().into()];
+    for (number, text) in texts.iter().enumerate() {
+        args.extend(["--prompt".into(), format!("{number}={text}").into()]);
+    }
+    args.extend(options.iter().map(Into::into));
+    let printed: Vec<String> = (0..).zip(&single).map(|(number, text)| format!("── {number}\n{text}\n")).collect();
+    assert_eq!(cli::Call::new(args).ok().stdout, printed.concat());
+}
+
+#[test]
+fn prefixes_outlive_a_process() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = dir.path().join("a/cache");
+    let tokens = |last: &str| {
+        let mut ids: Vec<String> = (0..150).map(|id| (id * 7 % 320).to_string()).collect();
+        ids.push(last.into());
+        ids.join(",")
+    };
+    let run = |last: &str, options: &[&str]| {
+        let mut args: Vec<_> = vec!["run".into(), tiny_bundle().into(), "--tokens".into(), tokens(last).into()];
+        args.extend(["-n", "8", "--ignore-eos", "-t", "0", "--json"].iter().chain(options).map(Into::into));
+        let said = cli::Call::new(args).json();
+        let counted = |field: &str| said[field].as_u64().unwrap();
+        assert_eq!(counted("cached_tokens") + counted("computed_tokens"), 151);
+        assert_eq!(said["timing"]["prefill_tokens"], said["computed_tokens"]);
+        (counted("cached_tokens"), said["tokens"].clone())
+    };
+    let kept = ["--cache-dir", cache.to_str().unwrap()];
+    let (plain, other) = (run("5", &[]).1, run("6", &["--no-prefix-cache"]).1);
+    assert_eq!(run("5", &kept), (0, plain.clone()));
+    // Two pages of 64 tokens are full.
+    assert_eq!(run("5", &kept), (128, plain.clone()));
+    assert_eq!(run("6", &[kept[0], kept[1], "--cache-size", "1G"]), (128, other));
+    // Another precision has latents of its own, and so has another model.
+    assert_eq!(run("5", &[kept[0], kept[1], "--precision", "fast"]).0, 0);
+    // Without the directory, nothing is known.
+    assert_eq!(run("5", &[]), (0, plain));
+    assert!(!listing(&cache).is_empty());
+    let call = |options: &[&str]| {
+        let mut args: Vec<_> = vec!["run".into(), tiny_bundle().into(), "--tokens".into(), "1".into()];
+        args.extend(options.iter().map(Into::into));
+        cli::Call::new(args)
+    };
+    for size in ["0", "-1", "5x", "G", "1.5G", "99999999T", "5GB"] {
+        call(&[kept[0], kept[1], "--cache-size", size]).refused(2, &["--cache-size", "such as 500M or 20G"]);
+    }
+    call(&["--cache-size", "5G"]).refused(2, &["--cache-dir"]);
+    call(&[kept[0], kept[1], "--no-prefix-cache"]).refused(2, &["cannot be used with"]);
+    call(&[kept[0], kept[1], "--mute", "1:1"]).refused(2, &["--cache-dir: no latents are kept"]);
+    call(&[kept[0], kept[1], "--cache-size", "100"]).refused(1, &["may take 100 bytes", "one page"]);
+    let file = dir.path().join("file");
+    fs::write(&file, "").unwrap();
+    call(&["--cache-dir", file.to_str().unwrap()]).refused(1, &["cannot hold the prefix cache"]);
 }
 
 #[test]
@@ -340,6 +473,17 @@ fn explain_shows_every_layer_and_no_cpu_visit() {
     }
     let text = moewe!["explain", tiny_bundle()].ok().stdout;
     assert!(text.contains("CPU visits between its tokens and dispatches: none") && text.contains("layer 3"));
+    // Drafting adds a dispatch to forward passes, and passes of its own.
+    let drafting = |program: &str| {
+        let program = programs.iter().find(|other| other["program"] == program).unwrap();
+        program["drafting_dispatches"].as_u64().unwrap()
+    };
+    assert_eq!((drafting("forward") > 0, drafting("trace"), drafting("draft 1")), (true, 0, 0));
+    let draft = programs.iter().find(|program| program["program"] == "draft 1").unwrap()["dispatches"].to_string();
+    assert!(text.contains("Drafting") && text.contains(&format!("(draft 1: {draft}, again for each further one)")));
+    let plain = root().join("v2.moewe");
+    moewe!["compile", golden("v2-tiny"), "-o", &plain].ok();
+    assert!(!moewe!["explain", plain].ok().stdout.contains("Drafting"));
 }
 
 #[test]

@@ -5,8 +5,10 @@ use std::path::{Path, PathBuf};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use moewe_plan::TapChoice;
 
+mod engine;
 mod watch;
 
+pub use engine::EngineArgs;
 use watch::taps;
 pub use watch::{EditArgs, PaletteArg, PlaceArgs, ThemeArg, ViewArgs, WatchArgs};
 
@@ -166,33 +168,50 @@ pub struct SamplingArgs {
     moewe run models/demo --prompt bible=\"The king\" --prompt json='{\"name\":' --heatmap\n  \
     moewe run models/demo --tokens 0,51,82 --temperature 0 --json\n  \
     moewe run models/demo \"The king said to\" --record king.moewe-rec && moewe view king.moewe-rec\n  \
-    moewe run models/demo \"The king said to\" --mute 3:17 --force 2:8")]
+    moewe run models/demo \"The king said to\" --mute 3:17 --force 2:8\n  \
+    moewe run models/demo --batch questions.jsonl --out answers.jsonl\n\n\
+    A line of a batch file is an object with one of \"prompt\" (text), \"tokens\" (ids) and \"messages\" (chat), and \
+    optionally \"id\", \"max_new_tokens\", \"temperature\", \"top_k\", \"top_p\", \"min_p\", \"repetition_penalty\", \
+    \"seed\", \"stop_token_ids\", \"ignore_eos\" and \"priority\" (higher ones first); what a line does not say is as on the \
+    command line. Results come in the order in which they are done. Called again with the same files, a batch that was \
+    stopped goes on.")]
 pub struct RunArgs {
     #[command(flatten)]
     pub model: ModelArgs,
 
     /// Text to continue
-    #[arg(conflicts_with_all = ["tokens", "prompts"])]
+    #[arg(conflicts_with_all = ["tokens", "prompts", "batch"])]
     pub prompt: Option<String>,
 
     /// Token ids to continue, separated by commas
     #[arg(
         long, value_name = "IDS", value_delimiter = ',', num_args = 1, value_parser = token_id,
-        allow_hyphen_values = true, conflicts_with = "prompts"
+        allow_hyphen_values = true, conflicts_with_all = ["prompts", "batch"]
     )]
     pub tokens: Option<Vec<u32>>,
 
     /// Named text to continue; may be given several times
-    #[arg(long = "prompt", value_name = "NAME=TEXT")]
+    #[arg(long = "prompt", value_name = "NAME=TEXT", conflicts_with = "batch")]
     pub prompts: Vec<String>,
 
+    /// Requests to serve, one JSON object in each line
+    #[arg(long, value_name = "FILE")]
+    pub batch: Option<PathBuf>,
+
+    /// Where the results of --batch go, one JSON object in each line [default: FILE with .results.jsonl]
+    #[arg(long, value_name = "RESULTS")]
+    pub out: Option<PathBuf>,
+
     /// Show which experts each prompt and its continuation used
-    #[arg(long)]
+    #[arg(long, conflicts_with = "batch")]
     pub heatmap: bool,
 
     /// Print one JSON object instead of text
     #[arg(long, conflicts_with = "heatmap")]
     pub json: bool,
+
+    #[command(flatten)]
+    pub engine: EngineArgs,
 
     #[command(flatten)]
     pub watch: WatchArgs,
@@ -215,6 +234,9 @@ pub struct ChatArgs {
     /// System prompt
     #[arg(long, value_name = "TEXT")]
     pub system: Option<String>,
+
+    #[command(flatten)]
+    pub engine: EngineArgs,
 
     #[command(flatten)]
     pub watch: WatchArgs,

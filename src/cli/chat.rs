@@ -8,11 +8,11 @@ use moewe::watch;
 use moewe_runtime::{GenerateOptions, SequenceId, Session, continue_sequence};
 
 use super::args::ChatArgs;
-use super::generate::{Printer, options, summary};
-use super::watched::Runner;
+use super::generate::{Outcome, Printer, options};
+use super::served::Generator;
 use super::{interrupt, model, output, usage};
 
-/// A conversation: its messages, and the sequence that holds them as far as the model has read them.
+/// A conversation: its messages and, if the model is changed, the sequence that holds them as far as it has read them.
 struct Conversation<'a> {
     text: &'a Text,
     messages: Vec<Message>,
@@ -29,7 +29,8 @@ pub fn run(args: &ChatArgs) -> anyhow::Result<()> {
         ));
     };
     let options = options(&args.sampling, &args.model, &opened)?;
-    let (_, mut runner) = Runner::new(&opened, &args.model, &args.watch, &args.edits, &[])?;
+    let how = (&args.engine, &args.watch, &args.edits);
+    let (_, mut generator) = Generator::new(&opened, &args.model, how, 1, &[])?;
     let system = || args.system.iter().map(Message::system).collect();
     let mut conversation = Conversation { text, messages: system(), sequence: None };
     let is_terminal = std::io::stdin().is_terminal();
@@ -44,13 +45,15 @@ pub fn run(args: &ChatArgs) -> anyhow::Result<()> {
             "" => continue,
             "/quit" | "/exit" => break,
             "/clear" => {
-                conversation.forget(&mut runner.session)?;
+                if let Generator::Watched(runner) = &mut generator {
+                    conversation.forget(&mut runner.session)?;
+                }
                 conversation.messages = system();
                 continue;
             }
             message => conversation.messages.push(Message::user(message)),
         }
-        let answered = conversation.answer(&mut runner, &options, is_terminal);
+        let answered = conversation.answer(&mut generator, &options, is_terminal);
         if !interrupt::is_set() {
             answered?;
         } else if is_terminal {
@@ -59,31 +62,39 @@ pub fn run(args: &ChatArgs) -> anyhow::Result<()> {
             break;
         }
     }
-    runner.finish()
+    generator.finish()
 }
 
 impl Conversation<'_> {
     /// Answers the last message. The model reads only what it has not read in earlier turns, unless the conversation is
     /// recorded: then each turn is a text of its own, with all that is before it.
-    fn answer(&mut self, runner: &mut Runner, options: &GenerateOptions, is_terminal: bool) -> anyhow::Result<()> {
+    fn answer(
+        &mut self,
+        generator: &mut Generator,
+        options: &GenerateOptions,
+        is_terminal: bool,
+    ) -> anyhow::Result<()> {
         let ids = self.text.encode_chat(&self.messages, &ChatOptions::default())?;
         let mut printer = Printer::new(Some(self.text), false);
-        let generated = if runner.is_recording() {
-            let asked = self
-                .messages
-                .last()
-                .and_then(|message| message.content.as_deref())
-                .map(watch::title)
-                .unwrap_or_default();
-            runner.generate(asked, &ids, options, |token| printer.push(token))?
-        } else {
-            let sequence = self.read(&mut runner.session, &ids, options)?;
-            continue_sequence(&mut runner.session, sequence, options, |token| printer.push(token))?
+        let prompt_tokens = ids.len();
+        let push = |token| printer.push(token);
+        let outcome = match generator {
+            Generator::Served(served) => served.follow(served.submit(ids, options, 0)?, push)?,
+            Generator::Watched(runner) => {
+                let generated = if runner.is_recording() {
+                    let asked = self.messages.last().and_then(|message| message.content.as_deref());
+                    runner.generate(asked.map(watch::title).unwrap_or_default(), &ids, options, push)?
+                } else {
+                    let sequence = self.read(&mut runner.session, &ids, options)?;
+                    continue_sequence(&mut runner.session, sequence, options, push)?
+                };
+                Outcome::of_session(prompt_tokens, generated)
+            }
         };
         let answer = printer.finish()?;
         output::write("\n")?;
         if is_terminal {
-            output::note(&summary(&generated));
+            output::note(&outcome.summary());
         }
         self.messages.push(Message::assistant(answer));
         Ok(())

@@ -45,9 +45,12 @@ pub fn run(args: &ExplainArgs) -> anyhow::Result<()> {
             "  {:<9} up to {:>3} tokens: {} dispatches{}{marker}\n",
             kind_name(program.kind),
             program.max_tokens,
-            always(program),
-            for_taps(program)
+            plain(program).count(),
+            more(program)
         );
+    }
+    if let Some(text) = chosen.and_then(|chosen| drafting_text(&programs, chosen)) {
+        out += &text;
     }
     Ok(output::write(&out)?)
 }
@@ -61,17 +64,48 @@ fn kind_name(kind: ProgramKind) -> String {
     }
 }
 
-/// Dispatches that do not depend on what is watched.
-fn always(program: &Program) -> usize {
-    program.steps.iter().filter(|step| step.only_for.is_empty()).count()
+/// Steps that run whatever is watched, and without drafting. A draft program does nothing but draft.
+fn plain(program: &Program) -> impl Iterator<Item = &Step> {
+    let drafts = matches!(program.kind, ProgramKind::Draft { .. });
+    program.steps.iter().filter(move |step| step.only_for.is_empty() && (drafts || !step.drafting))
 }
 
-/// What taps add to them, in words.
-fn for_taps(program: &Program) -> String {
-    match program.steps.len() - always(program) {
-        0 => String::new(),
-        more => format!(", up to {more} more for taps"),
+/// Steps that drafting adds to a program.
+fn drafting(program: &Program) -> usize {
+    let always = program.steps.iter().filter(|step| step.only_for.is_empty()).count();
+    always - plain(program).count()
+}
+
+/// What taps and drafting add to them, in words.
+fn more(program: &Program) -> String {
+    let taps = program.steps.iter().filter(|step| !step.only_for.is_empty()).count();
+    let parts = [(drafting(program), "", "for drafting"), (taps, "up to ", "for taps")];
+    let mut text = String::new();
+    for (more, up_to, what) in parts.into_iter().filter(|(more, ..)| *more > 0) {
+        text += &format!(", {up_to}{more} more {what}");
     }
+    text
+}
+
+/// What it costs to draft behind a pass, in words; `None` without modules that could.
+fn drafting_text(programs: &[&Program], forward: &Program) -> Option<String> {
+    let module = |program: &Program| match program.kind {
+        ProgramKind::Draft { module } => Some(module),
+        _ => None,
+    };
+    let last = programs.iter().filter_map(|program| module(program)).max()?;
+    let dispatches = |number: u32| {
+        let of = programs.iter().find(|program| module(program) == Some(number));
+        of.map_or(0, |program| plain(program).count())
+    };
+    let each: Vec<String> = (1..=last).map(|number| format!("draft {number}: {}", dispatches(number))).collect();
+    Some(format!(
+        "\nDrafting\n  Dispatches that it adds to a forward pass: {}, and those of a draft program for each token drafted\n  \
+         ({}{}). Drafts are checked by the next forward pass.\n",
+        drafting(forward),
+        each.join(", "),
+        if last == 1 { ", again for each further one" } else { ", the last again for each further one" }
+    ))
 }
 
 /// Bytes and operations of a step for a batch.
@@ -86,10 +120,10 @@ fn symbols(args: &ExplainArgs) -> Symbols {
     Symbols { tokens: args.tokens.into(), rows: 1, sequences: 1, pages: 1 }
 }
 
-/// Steps of one layer, in order; those outside of layers stand before or behind.
+/// Plain steps of one layer, in order; those outside of layers stand before or behind.
 fn by_layer(program: &Program) -> Vec<(Option<u32>, Vec<&Step>)> {
     let mut layers: Vec<(Option<u32>, Vec<&Step>)> = Vec::new();
-    for step in &program.steps {
+    for step in plain(program) {
         match layers.last_mut() {
             Some((layer, steps)) if *layer == step.layer => steps.push(step),
             _ => layers.push((step.layer, vec![step])),
@@ -115,7 +149,7 @@ fn program_text(plan: &Plan, program: &Program, args: &ExplainArgs) -> String {
          by the kernels, and the sampled token is the next pass's input on the device.\n",
         args.tokens,
         args.context,
-        program.steps.len()
+        plain(program).count()
     );
     let mut shown: Vec<(String, String)> = Vec::new();
     let mut why: Vec<&str> = Vec::new();
@@ -187,7 +221,8 @@ fn program_json(plan: &Plan, program: &Program, args: &ExplainArgs) -> Value {
     json!({
         "program": kind_name(program.kind),
         "max_tokens": program.max_tokens,
-        "dispatches": program.steps.len(),
+        "dispatches": plain(program).count(),
+        "drafting_dispatches": drafting(program),
         "cpu_visits": 0,
         "layers": layers.collect::<Vec<_>>(),
     })

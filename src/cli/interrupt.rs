@@ -4,6 +4,9 @@ use std::io::{IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+/// What work watches: set with the first, unless it is only to be noted.
+static STOP: AtomicBool = AtomicBool::new(false);
+static NOTED: AtomicBool = AtomicBool::new(false);
 static WAITING: AtomicBool = AtomicBool::new(false);
 
 /// Catches SIGINT from now on.
@@ -15,6 +18,7 @@ pub fn install() {
             }
             std::process::exit(130);
         }
+        STOP.store(!NOTED.load(Ordering::SeqCst), Ordering::SeqCst);
     });
     // Without a handler Ctrl-C ends the program at once, which is acceptable.
     drop(installed);
@@ -36,6 +40,7 @@ pub fn is_set() -> bool {
 /// Goes on after a Ctrl-C that was heeded.
 pub fn clear() {
     INTERRUPTED.store(false, Ordering::SeqCst);
+    STOP.store(false, Ordering::SeqCst);
 }
 
 /// An error if Ctrl-C was pressed.
@@ -43,7 +48,26 @@ pub fn check() -> anyhow::Result<()> {
     if is_set() { Err(anyhow::anyhow!("interrupted")) } else { Ok(()) }
 }
 
-/// The flag itself, for work that watches it.
+/// The flag for work that watches one.
 pub fn flag() -> &'static AtomicBool {
-    &INTERRUPTED
+    &STOP
+}
+
+/// As long as it lives, Ctrl-C is only noted ([`is_set`]) and does not stop work that watches [`flag`]: whoever started
+/// that ends it in order.
+pub struct Noted(());
+
+impl Noted {
+    /// From now on.
+    pub fn new() -> Self {
+        NOTED.store(true, Ordering::SeqCst);
+        Self(())
+    }
+}
+
+impl Drop for Noted {
+    fn drop(&mut self) {
+        NOTED.store(false, Ordering::SeqCst);
+        STOP.store(is_set(), Ordering::SeqCst);
+    }
 }

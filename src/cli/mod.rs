@@ -1,6 +1,7 @@
 //! Arguments, wiring and output of the subcommands, one file each.
 
 mod args;
+mod batch;
 mod cache;
 mod chat;
 mod compile;
@@ -13,6 +14,7 @@ mod model;
 mod output;
 mod progress;
 mod run;
+mod served;
 mod synth;
 mod trace;
 mod view;

@@ -131,22 +131,36 @@ impl Opened {
     }
 }
 
-/// A session for programs of these kinds, with a progress bar for its pipelines; watched if `taps` are given.
+/// A session for one sequence and programs of these kinds, with a progress bar for its pipelines; watched if `taps` are
+/// given.
 pub fn session(
     model: &Arc<Model>,
     args: &ModelArgs,
     kinds: &[ProgramKind],
     taps: Option<TapChoice>,
 ) -> anyhow::Result<Session> {
+    let watch = taps.map(|taps| Watch { taps, ..Watch::default() });
+    with_options(model, args, SessionOptions { kinds: kinds.to_vec(), watch, ..SessionOptions::default() })
+}
+
+/// A session for several sequences.
+pub fn shared_session(
+    model: &Arc<Model>,
+    args: &ModelArgs,
+    kinds: &[ProgramKind],
+    max_sequences: u32,
+) -> anyhow::Result<Session> {
+    with_options(model, args, SessionOptions { kinds: kinds.to_vec(), max_sequences, ..SessionOptions::default() })
+}
+
+fn with_options(model: &Arc<Model>, args: &ModelArgs, options: SessionOptions) -> anyhow::Result<Session> {
     let bars = Bars::default();
-    let precision = args.precision.into();
-    model.prepare(kinds, precision, &|progress| {
+    let options = SessionOptions { precision: args.precision.into(), ..options };
+    model.prepare(&options.kinds, options.precision, &|progress| {
         if let Progress::Pipelines { done, total } = progress {
             bars.set("making pipelines", done, total, false);
         }
     })?;
-    let watch = taps.map(|taps| Watch { taps, ..Watch::default() });
-    let options = SessionOptions { precision, kinds: kinds.to_vec(), watch, ..SessionOptions::default() };
     Ok(Session::new(model.clone(), options)?)
 }
 

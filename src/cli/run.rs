@@ -1,5 +1,6 @@
 //! `moewe run`.
 
+use std::collections::VecDeque;
 use std::io::{IsTerminal, Read};
 use std::time::Instant;
 
@@ -13,9 +14,9 @@ use moewe_runtime::Session;
 use serde_json::json;
 
 use super::args::RunArgs;
-use super::generate::{Printer, as_json, options, summary};
-use super::watched::Runner;
-use super::{interrupt, model, output, usage};
+use super::generate::{Outcome, Printer, as_json, options};
+use super::served::Generator;
+use super::{batch, interrupt, model, output, usage};
 
 /// Bytes of a prompt from standard input.
 const MAX_PROMPT_BYTES: u64 = 64 << 20;
@@ -29,6 +30,12 @@ struct Prompt {
 
 /// Continues prompts.
 pub fn run(args: &RunArgs) -> anyhow::Result<()> {
+    if let Some(file) = &args.batch {
+        return batch::run(args, file);
+    }
+    if args.out.is_some() {
+        return usage("--out is where the results of --batch go; a prompt's text is printed");
+    }
     let prompts = prompts(args)?;
     let started = Instant::now();
     let Some(opened) = model::open(&args.model)? else { return Ok(()) };
@@ -46,8 +53,16 @@ pub fn run(args: &RunArgs) -> anyhow::Result<()> {
     let encoded: Vec<Vec<u32>> = prompts.iter().map(|prompt| encode(prompt, text, args)).collect::<Result<_, _>>()?;
     // Routing is read from a trace of the finished text.
     let others: &[ProgramKind] = if args.heatmap { &[ProgramKind::Trace] } else { &[] };
-    let (model, mut runner) = Runner::new(&opened, &args.model, &args.watch, &args.edits, others)?;
+    let how = (&args.engine, &args.watch, &args.edits);
+    let (model, mut generator) = Generator::new(&opened, &args.model, how, prompts.len(), others)?;
     let load_seconds = started.elapsed().as_secs_f64();
+    // All at once, so that they share batches.
+    let mut streams = VecDeque::new();
+    if let Generator::Served(served) = &generator {
+        for ids in &encoded {
+            streams.push_back(served.submit(ids.clone(), &options, 0)?);
+        }
+    }
 
     let mut results = Vec::new();
     let mut finished: Vec<Vec<u32>> = Vec::new();
@@ -59,14 +74,22 @@ pub fn run(args: &RunArgs) -> anyhow::Result<()> {
             }
             output::write(&output::dim(prompt.text.as_deref().unwrap_or_default()))?;
         }
-        let generated = runner.generate(title(prompt), ids, &options, |token| printer.push(token));
-        if generated.is_err() && !args.json {
+        let push = |token| printer.push(token);
+        let outcome = match (&mut generator, streams.pop_front()) {
+            (Generator::Served(served), Some(stream)) => served.follow(stream, push),
+            (Generator::Served(_), None) => break, // there is a stream for each prompt
+            (Generator::Watched(runner), _) => runner
+                .generate(title(prompt), ids, &options, push)
+                .map(|generated| Outcome::of_session(ids.len(), generated)),
+        };
+        if outcome.is_err() && !args.json {
             output::write("\n")?; // errors stand on a line of their own
         }
-        let generated = generated?;
+        let outcome = outcome?;
         let written = printer.finish()?;
         if args.json {
-            let mut result = as_json(ids, &generated, text.map(|_| written.as_str()), load_seconds);
+            let mut result =
+                as_json(ids, &outcome, text.map(|_| written.as_str()), load_seconds, generator.mtp(opened.plan()));
             if let Some(name) = &prompt.name {
                 result["name"] = json!(name);
             }
@@ -78,7 +101,7 @@ pub fn run(args: &RunArgs) -> anyhow::Result<()> {
         } else {
             output::write("\n")?;
             if std::io::stderr().is_terminal() {
-                output::note(&summary(&generated));
+                output::note(&outcome.summary());
             }
             if prompt.name.is_some() {
                 output::write("\n")?;
@@ -86,14 +109,15 @@ pub fn run(args: &RunArgs) -> anyhow::Result<()> {
         }
         let mut all = ids.clone();
         // The last token was drawn but not run: the trace does that.
-        all.extend(&generated.tokens);
+        all.extend(&outcome.tokens);
         all.truncate(info.max_context as usize);
         finished.push(all);
         if interrupt::is_set() {
             break;
         }
     }
-    runner.finish()?;
+    drop(streams);
+    generator.finish()?;
     if args.json {
         return match <[_; 1]>::try_from(results) {
             Ok([one]) if args.prompts.is_empty() => output::json(&one),

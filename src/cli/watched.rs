@@ -1,4 +1,4 @@
-//! How `run` and `chat` generate: at full speed, or watched because something is recorded or changed.
+//! How `run` and `chat` generate where something is recorded or changed: watched.
 
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -15,7 +15,7 @@ use super::args::{EditArgs, ModelArgs, WatchArgs};
 use super::model::{self, Opened};
 use super::usage;
 
-/// A session, and the recording that it is written to.
+/// A watched session, and the recording that it is written to.
 pub struct Runner {
     /// The session.
     pub session: Session,
@@ -39,16 +39,13 @@ impl Runner {
     ) -> anyhow::Result<(Arc<Model>, Self)> {
         let edits = edits.edits();
         let taps = if watching.record.is_some() { watching.taps.clone() } else { TapChoice::none() };
-        let is_watched = watching.record.is_some() || !edits.is_empty();
-        let kinds = if is_watched { watched_kinds(opened, &taps)? } else { vec![ProgramKind::Forward] };
+        let kinds = watched_kinds(opened, &taps)?;
         let values = parameter_values(opened.plan(), &edits)?;
         let all: Vec<ProgramKind> = kinds.iter().chain(others).copied().collect();
         let model = opened.load(&all)?;
         let timed = taps.timing;
-        let mut session = model::session(&model, args, &kinds, is_watched.then_some(taps))?;
-        if is_watched {
-            session.set_parameters(&values)?;
-        }
+        let mut session = model::session(&model, args, &kinds, Some(taps))?;
+        session.set_parameters(&values)?;
         let recording = match &watching.record {
             None => None,
             Some(path) => {

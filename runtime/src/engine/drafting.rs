@@ -25,14 +25,14 @@ const TIME_STEP: f64 = 1.5;
 /// Passes after which a time is old, so that newer ones replace it instead of being averaged with it,
 const STALE_PASSES: u64 = 512;
 /// and after which it counts no more.
-const FORGOTTEN_PASSES: u64 = 4096;
+const FORGOTTEN_PASSES: u64 = 1024;
 
 /// Acceptance that is assumed where nothing is known, and how many drafts this assumption counts for. It is high, since a
 /// trial that is not made can teach nothing.
 const PRIOR: f64 = 0.8;
 const PRIOR_DRAFTS: f64 = 2.0;
 /// Drafts over which acceptance is averaged.
-const ACCEPTANCE_DRAFTS: f64 = 128.0;
+const ACCEPTANCE_DRAFTS: f64 = 64.0;
 /// What remains, after another pass, of what is known of a place without a draft in that pass, and of the last loss.
 const FORGETTING: f64 = 1.0 - 1.0 / 256.0;
 /// Another length is chosen if it makes so many times more tokens in a second.
@@ -188,8 +188,8 @@ impl Drafting {
         }
     }
 
-    /// Takes in what became of the drafts of a pass: how many there were, and how many of them, from the first, were
-    /// accepted.
+    /// Takes in what became of a pass: how many drafts there were, maybe none or fewer than [`Drafting::next`] said, and
+    /// how many of them, from the first, were accepted.
     pub fn saw(&mut self, drafted: usize, accepted: usize) {
         let drafted = drafted.min(LENGTHS - 1);
         let accepted = accepted.min(drafted);
@@ -277,17 +277,17 @@ impl Drafting {
         if self.unknown_passes == 0 {
             return None;
         }
-        if costs.seconds(1, sequences).is_none() {
+        if (1..=self.max).all(|drafts| costs.seconds(drafts, sequences).is_none()) {
             return Some(1);
         }
         if costs.plain_is_stale(sequences) {
             return Some(0);
         }
-        let next = (2..=self.max).find(|drafts| gain(*drafts).is_none())?;
-        // It takes at least as long as one draft fewer.
-        let best = (1..next).filter_map(&gain).fold(1.0, f64::max);
-        let hoped = gain(next - 1)? / makes[next - 1] * makes[next];
-        (hoped > best * HYSTERESIS).then_some(next)
+        // At best, it takes as long as one draft fewer.
+        let best = (0..=self.max).filter_map(&gain).fold(1.0, f64::max);
+        let hoped = |drafts: usize| Some(gain(drafts - 1)? / makes[drafts - 1] * makes[drafts]);
+        (1..=self.max)
+            .find(|&drafts| gain(drafts).is_none() && hoped(drafts).is_some_and(|most| most > best * HYSTERESIS))
     }
 
     /// Tokens that a pass makes, by its drafts.

@@ -14,10 +14,10 @@
 //! then preempts the running sequence of last rank. If it is the last itself, it pauses: it keeps what it has until a
 //! sequence before it needs that or has ended.
 //!
-//! **Batches.** Decoding sequences come first, all of them if they fit; if not, they take turns, and a
-//! prompt takes turns with them. Half of what is left goes to the prompt that has
-//! waited longest for a turn, so that each of n prompts gets on in any n ticks; the other half to those with the fewest
-//! tokens left among those of the highest priority, so that a short prompt is not stuck behind a long one.
+//! **Batches.** Decoding sequences come first, all of them if they fit; if not, they take turns, and a prompt takes turns
+//! with them. Half of what is left goes to the prompt that has waited longest for a turn, so that each of n prompts gets
+//! on in any n ticks in which prompts are run; the other half to those with the fewest tokens left among those of the
+//! highest priority, so that a short prompt is not stuck behind a long one.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -313,7 +313,8 @@ impl Scheduler {
     }
 
     /// What to run next: admits what may be admitted, gives pages to those that run, preempts where it must, and fills a
-    /// batch. `max_burst` bounds [`Plan::burst`]. Without items, there is nothing to run until a request comes.
+    /// batch. `max_burst` bounds [`Plan::burst`]. Without items, nothing can run now; if requests wait all the
+    /// same, what ran last has just failed, and the next plan admits them.
     pub fn plan(&mut self, pool: &mut dyn Pool, max_burst: usize) -> Plan {
         self.tick += 1;
         let mut failed = Vec::new();

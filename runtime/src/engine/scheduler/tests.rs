@@ -173,9 +173,12 @@ fn decoding(limits: Limits, pages: u32, count: u64) -> Bench {
     for id in 1..=count {
         bench.submit(id, 0, 10, 1000);
     }
-    while bench.scheduler.counts().decode < count as usize {
-        bench.tick();
+    for _ in 0..20 * count {
+        if bench.scheduler.counts().decode < count as usize {
+            bench.tick();
+        }
     }
+    assert_eq!(bench.scheduler.counts().decode, count as usize);
     bench
 }
 
@@ -228,6 +231,14 @@ fn drafts_leave_prompts_half_of_the_tokens_and_a_quarter_of_the_rows() {
     // The prompts are new; from now on they are counted with.
     bench.tick();
     assert_eq!(items(&bench.tick()), [(1, 1, 2), (2, 1, 2), (3, 29, 0), (4, 29, 0)]);
+    let mut bench = decoding(Limits { tokens: 12, rows: 16, ..LIMITS }, 100, 2);
+    for id in [1, 2] {
+        bench.scheduler.set_drafts(id, 4);
+    }
+    assert_eq!(items(&bench.tick()), [(1, 1, 4), (2, 1, 4)]);
+    bench.submit(3, 0, 100, 5);
+    bench.tick();
+    assert_eq!(items(&bench.tick()), [(1, 1, 2), (2, 1, 2), (3, 6, 0)]);
 }
 
 #[test]
