@@ -62,7 +62,7 @@ fn greedy_tokens_are_the_golden_ones_and_acceptance_is_the_reference_s() {
         let listed = std::fs::read(golden.dir.join("golden/golden.json")).unwrap_or_default();
         let listed: serde_json::Value = serde_json::from_slice(&listed).unwrap_or_default();
         for sequence in &golden.sequences {
-            for (drafts, burst, chunk) in [(0, 4, 256), (1, 1, 256), (1, 8, 5), (1, 3, 64), (3, 5, 256), (7, 4, 1)] {
+            for (drafts, burst, chunk) in [(0, 4, 256), (1, 1, 5), (1, 8, 64), (3, 5, 256), (7, 4, 1)] {
                 let what = format!("{dir} {} drafts {drafts} burst {burst} chunk {chunk}", sequence.name);
                 let count = sequence.greedy.len();
                 let (tokens, verified) =
@@ -120,7 +120,7 @@ fn several_modules_accept_what_the_reference_accepts() {
         let scale: Vec<&str> = SMALL.iter().copied().chain(["vocab=4", count.as_str()]).collect();
         let bundle = synthesised(temp.path(), seed, &scale);
         let model = Model::load(&gpu(), &bundle, &|_| ()).unwrap();
-        let oracle = moewe_oracle::Model::load(&temp.path().join("checkpoint")).unwrap();
+        let oracle = moewe_oracle::Model::load(temp.path().join("checkpoint")).unwrap();
         let mut session = drafting(&model, 1, Precision::Exact);
         for prompt in [vec![1], vec![2, 0], vec![3, 1, 2, 0, 1, 1, 2], (0..70).map(|i| (i * i) % 4).collect()] {
             let (expected, accepted) = oracle.speculative(&prompt, 40);
@@ -150,7 +150,7 @@ fn drafts_leave_the_distribution_alone() {
     let scale: Vec<&str> = SMALL.iter().copied().chain(["vocab=12", "num_nextn_predict_layers=1"]).collect();
     let bundle = synthesised(temp.path(), 5, &scale);
     let model = Model::load(&gpu(), &bundle, &|_| ()).unwrap();
-    let prompt = [3, 1, 4, 1, 5];
+    let prompt = [3, 1];
     let temperature = 0.4;
 
     // What the model says, in f64.
@@ -187,10 +187,12 @@ fn drafts_leave_the_distribution_alone() {
             drafted += went_on.verified[0].0;
             accepted += went_on.verified[0].1;
         }
-        sequences.iter().for_each(|&sequence| session.remove_sequence(sequence).unwrap());
+        for sequence in sequences {
+            session.remove_sequence(sequence).unwrap();
+        }
     }
     let total = f64::from(ROUNDS * TOGETHER);
-    assert!(total >= 50_000.0 && f64::from(drafted) == total);
+    assert!(total >= 50_000.0 && drafted == ROUNDS * TOGETHER);
     // Some of both, or nothing was tested.
     let rate = f64::from(accepted) / total;
     assert!((0.02..0.98).contains(&rate), "{rate} of the drafts were accepted");

@@ -6,9 +6,11 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use moewe_plan::TapChoice;
 
 mod engine;
+mod eval;
 mod watch;
 
 pub use engine::EngineArgs;
+pub use eval::{BenchArgs, EvalArgs, EvalCommand, KlArgs, PerplexityArgs, TextArgs};
 use watch::taps;
 pub use watch::{EditArgs, PaletteArg, PlaceArgs, ThemeArg, ViewArgs, WatchArgs};
 
@@ -51,6 +53,10 @@ pub enum Command {
     Inspect(InspectArgs),
     /// Show the kernels of a bundle: which, why, and what they move and compute
     Explain(ExplainArgs),
+    /// Measure how well a model predicts a text, or how two models differ
+    Eval(EvalArgs),
+    /// Measure speed, beside what the device's memory allows
+    Bench(BenchArgs),
     /// Show Vulkan devices, their limits and speed, and what moewe would choose
     Doctor(DoctorArgs),
     /// Write a checkpoint with random weights, for benchmarks and tests

@@ -1,9 +1,10 @@
 //! `moewe explain`.
 
-use moewe_plan::{Bundle, Cost, Kernel, Plan, Program, ProgramKind, Step, Symbols};
+use moewe_plan::{Bundle, Kernel, Plan, Program, ProgramKind, Step, Symbols};
 use serde_json::{Value, json};
 
 use super::args::ExplainArgs;
+use super::cost::{Load, cost as cost_of};
 use super::{model, output};
 
 /// Shows what a bundle's programs consist of.
@@ -110,10 +111,9 @@ fn drafting_text(programs: &[&Program], forward: &Program) -> Option<String> {
 
 /// Bytes and operations of a step for a batch.
 fn cost(step: &Step, args: &ExplainArgs) -> (u64, u64) {
-    let Cost { fixed_bytes, token_bytes, token_flops, context_bytes, context_flops } = step.cost;
-    let (tokens, context) = (u64::from(args.tokens), u64::from(args.context));
-    let bytes = fixed_bytes + tokens * (token_bytes + context * context_bytes);
-    (bytes, tokens * (token_flops + context * context_flops))
+    let tokens = u64::from(args.tokens);
+    let attended = tokens * u64::from(args.context);
+    cost_of(step, &Load { tokens, rows: tokens, cached: attended, attended })
 }
 
 fn symbols(args: &ExplainArgs) -> Symbols {

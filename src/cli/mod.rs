@@ -2,10 +2,13 @@
 
 mod args;
 mod batch;
+mod bench;
 mod cache;
 mod chat;
 mod compile;
+mod cost;
 mod doctor;
+mod eval;
 mod explain;
 mod generate;
 mod inspect;
@@ -51,6 +54,8 @@ pub fn run() -> ExitCode {
         Command::Compile(args) => compile::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Explain(args) => explain::run(&args),
+        Command::Eval(args) => eval::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Synth(args) => synth::run(&args),
     };

@@ -66,6 +66,12 @@ pub fn open(args: &ModelArgs) -> anyhow::Result<Option<Opened>> {
     }
     let Some(gpu) = open_device(&args.device)? else { return Ok(None) };
     gpu.stop_when(interrupt::flag());
+    open_on(gpu, args).map(Some)
+}
+
+/// Opens MODEL, which must exist, on a device that is open already.
+pub fn open_on(gpu: Arc<Gpu>, args: &ModelArgs) -> anyhow::Result<Opened> {
+    let path = args.path();
     let bundle = if Bundle::is_bundle(path) {
         if args.target.is_some() {
             return usage("--target does not apply to a bundle: it is compiled already");
@@ -95,7 +101,7 @@ pub fn open(args: &ModelArgs) -> anyhow::Result<Option<Opened>> {
         Some(text) => text.generation().clone(),
         None => GenerationDefaults::load(path)?,
     };
-    Ok(Some(Opened { gpu, bundle, text, defaults }))
+    Ok(Opened { gpu, bundle, text, defaults })
 }
 
 /// A usage error if there is nothing at `path`.
@@ -110,6 +116,11 @@ pub fn must_exist(path: &Path, expected: &str) -> anyhow::Result<()> {
 }
 
 impl Opened {
+    /// The device.
+    pub fn gpu(&self) -> &Arc<Gpu> {
+        &self.gpu
+    }
+
     /// The plan.
     pub fn plan(&self) -> &Plan {
         &self.bundle.plan
@@ -140,7 +151,8 @@ pub fn session(
     taps: Option<TapChoice>,
 ) -> anyhow::Result<Session> {
     let watch = taps.map(|taps| Watch { taps, ..Watch::default() });
-    with_options(model, args, SessionOptions { kinds: kinds.to_vec(), watch, ..SessionOptions::default() })
+    let precision = args.precision.into();
+    session_with(model, SessionOptions { precision, kinds: kinds.to_vec(), watch, ..SessionOptions::default() })
 }
 
 /// A session for several sequences.
@@ -150,12 +162,14 @@ pub fn shared_session(
     kinds: &[ProgramKind],
     max_sequences: u32,
 ) -> anyhow::Result<Session> {
-    with_options(model, args, SessionOptions { kinds: kinds.to_vec(), max_sequences, ..SessionOptions::default() })
+    let precision = args.precision.into();
+    let kinds = kinds.to_vec();
+    session_with(model, SessionOptions { precision, kinds, max_sequences, ..SessionOptions::default() })
 }
 
-fn with_options(model: &Arc<Model>, args: &ModelArgs, options: SessionOptions) -> anyhow::Result<Session> {
+/// A session with these options, with a progress bar for its pipelines.
+pub fn session_with(model: &Arc<Model>, options: SessionOptions) -> anyhow::Result<Session> {
     let bars = Bars::default();
-    let options = SessionOptions { precision: args.precision.into(), ..options };
     model.prepare(&options.kinds, options.precision, &|progress| {
         if let Progress::Pipelines { done, total } = progress {
             bars.set("making pipelines", done, total, false);
