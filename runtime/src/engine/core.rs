@@ -17,6 +17,8 @@ use crate::{Error, Result, SequenceId, Session, Stepped, StopReason, Work};
 
 /// Most passes between two looks at what is new.
 const MAX_BURST: usize = 8;
+/// Of so many requests one finds out by itself whether drafting pays; the others believe what is known.
+const TRIES: u64 = 16;
 /// Fewest tokens of a prompt beside another prompt.
 const MIN_CHUNK: usize = 16;
 /// Pages that are handed to the disk between two batches.
@@ -144,12 +146,13 @@ impl Core {
         let room = (self.session.model().plan().model.max_context as usize).saturating_sub(request.prompt.len());
         let max_new = request.max_new_tokens.min(room);
         let (prompt, priority) = (request.prompt.len(), request.priority);
+        let drafting = Drafting::new(self.mtp, moewe_plan::MAX_DRAFTS as usize);
         let live = Live {
             tokens: request.prompt.clone(),
             request,
             events,
             sequence: None,
-            drafting: Drafting::new(self.mtp, moewe_plan::MAX_DRAFTS as usize),
+            drafting: if id.is_multiple_of(TRIES) { drafting } else { drafting.trusting() },
             drafts: 0,
             cached_tokens: 0,
             preemptions: 0,
@@ -185,7 +188,9 @@ impl Core {
         self.choose_drafts();
         let Self { session, cache, live, stats, .. } = self;
         let mut pool = PagePool { session, cache, live, stats, error: None };
-        let mut plan = self.scheduler.plan(&mut pool, MAX_BURST);
+        // What is tried is looked at after each pass.
+        let learns = pool.live.values().any(|live| live.drafting.learns());
+        let mut plan = self.scheduler.plan(&mut pool, if learns { 1 } else { MAX_BURST });
         if let Some((id, error)) = pool.error.take() {
             return self.fault(error, &[id]);
         }
@@ -260,6 +265,7 @@ impl Core {
         }
         for &(drafted, accepted) in &stepped.verified {
             live.drafting.saw(drafted as usize, accepted as usize);
+            self.costs.saw_drafts(drafted as usize, accepted as usize);
             let positions = &mut self.stats.acceptance;
             positions.resize(positions.len().max(drafted as usize), (0, 0));
             for (position, (offered, taken)) in positions.iter_mut().enumerate().take(drafted as usize) {

@@ -31,6 +31,11 @@ const FORGOTTEN_PASSES: u64 = 1024;
 /// trial that is not made can teach nothing.
 const PRIOR: f64 = 0.8;
 const PRIOR_DRAFTS: f64 = 2.0;
+/// Drafts over which acceptance of all sequences is averaged, after how many it is believed, and how many drafts of its own
+/// it counts for with a new sequence.
+const SHARED_DRAFTS: f64 = 1024.0;
+const SHARED_LEAST: f64 = 64.0;
+const SHARED_PRIOR: f64 = 8.0;
 /// Drafts over which acceptance is averaged.
 const ACCEPTANCE_DRAFTS: f64 = 64.0;
 /// What remains, after another pass, of what is known of a place without a draft in that pass, and of the last loss.
@@ -59,11 +64,14 @@ pub enum Mtp {
     Fixed(usize),
 }
 
-/// What passes take, by drafts behind each token and by number of sequences. One for all sequences of a session.
+/// What passes take, by drafts behind each token and by number of sequences, and what becomes of drafts on average. One
+/// for all sequences of a session: a new one begins with what others have learned.
 #[derive(Clone, Debug, Default)]
 pub struct Costs {
     times: [[Time; LENGTHS]; BUCKETS],
     passes: [u64; BUCKETS],
+    /// Average acceptance at each place, and how many drafts it counts for.
+    rates: [(f64, f64); LENGTHS - 1],
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -103,6 +111,20 @@ impl Costs {
         }
     }
 
+    /// Takes in what became of the drafts of a pass of any sequence, as [`Drafting::saw`] does for its own.
+    pub fn saw_drafts(&mut self, drafted: usize, accepted: usize) {
+        for (index, (rate, weight)) in self.rates.iter_mut().enumerate().take(drafted.min(accepted + 1)) {
+            *weight = (*weight + 1.0).min(SHARED_DRAFTS);
+            *rate += (f64::from(index < accepted) - *rate) / *weight;
+        }
+    }
+
+    /// What sequences have found acceptance to be at a place, and how many drafts of a new one that counts for.
+    fn prior(&self, index: usize) -> Option<(f64, f64)> {
+        let (rate, weight) = self.rates[index];
+        (weight >= SHARED_LEAST).then_some((rate, SHARED_PRIOR))
+    }
+
     /// What a pass with so many drafts takes, if it is known.
     fn seconds(&self, drafts: usize, sequences: usize) -> Option<f64> {
         let (passes, time) = (self.passes[bucket(sequences)], &self.times[bucket(sequences)][drafts]);
@@ -139,6 +161,10 @@ pub struct Drafting {
     unknown_tokens: u64,
     /// What the pass that is being made takes, in passes without drafts.
     relative: f64,
+    /// Whether it believes others that drafting does not pay, before it has tried.
+    trusts: bool,
+    /// Whether the last choice was made to learn.
+    learns: bool,
 }
 
 /// Drafts at one place behind the newest token.
@@ -171,7 +197,20 @@ impl Drafting {
             unknown_passes: UNKNOWN_PASSES,
             unknown_tokens: 0,
             relative: 1.0,
+            trusts: false,
+            learns: false,
         }
+    }
+
+    /// The same, but it believes others that drafting does not pay, and tries it later.
+    #[must_use]
+    pub fn trusting(self) -> Self {
+        Self { trusts: true, ..self }
+    }
+
+    /// Whether the last choice is to be made anew after a single pass.
+    pub fn learns(&self) -> bool {
+        self.mtp == Mtp::Auto && self.learns
     }
 
     /// How many tokens to draft for the next pass, in which so many sequences take part.
@@ -231,6 +270,7 @@ impl Drafting {
     fn choose(&mut self, costs: &Costs, sequences: usize) -> usize {
         if let State::Off { tokens } = self.state {
             if tokens > 0 {
+                self.learns = false;
                 return 0;
             }
             // What was known of acceptance is as old as the last trial.
@@ -239,7 +279,7 @@ impl Drafting {
             }
             self.state = State::On { passes: 0, loss: 0.0 };
         }
-        let makes = self.tokens_per_pass();
+        let makes = self.tokens_per_pass(costs);
         // Tokens in the time in which a pass without drafts makes one.
         let gain = |drafts: usize| {
             let relative = costs.relative(drafts, sequences);
@@ -247,6 +287,7 @@ impl Drafting {
         };
         if let Some(drafts) = self.unknown(gain, &makes, costs, sequences) {
             self.unknown_passes -= 1;
+            self.learns = true;
             return drafts;
         }
         let known = (1..=self.max).filter_map(|drafts| Some((drafts, gain(drafts)?)));
@@ -254,12 +295,15 @@ impl Drafting {
         if self.length == 0 || gain(self.length).is_none_or(|now| most > now * HYSTERESIS) {
             self.length = best;
         }
+        let needed = if self.trusts && costs.prior(0).is_some() { 0 } else { TRIAL_PASSES };
+        self.trusts = false;
+        self.learns = matches!(self.state, State::On { passes, .. } if passes < TRIAL_PASSES);
         match self.state {
-            State::On { passes, loss } if passes >= TRIAL_PASSES && most * HYSTERESIS < 1.0 => {
+            State::On { passes, loss } if passes >= needed && most * HYSTERESIS < 1.0 => {
                 let (least, most) = TRIAL_TOKENS;
                 let tokens = ((loss.max(0.0) / TRIAL_SHARE) as u64).next_power_of_two().clamp(least, most);
                 self.state = State::Off { tokens };
-                self.length = 0;
+                (self.length, self.learns) = (0, false);
             }
             _ => {}
         }
@@ -291,12 +335,13 @@ impl Drafting {
     }
 
     /// Tokens that a pass makes, by its drafts.
-    fn tokens_per_pass(&self) -> [f64; LENGTHS] {
+    fn tokens_per_pass(&self, costs: &Costs) -> [f64; LENGTHS] {
         let mut tokens = [1.0; LENGTHS];
         let (mut rate, mut all) = (PRIOR, 1.0);
         for (index, position) in self.positions.iter().enumerate() {
-            // Where little is known, a draft is taken to be as good as the one before it.
-            rate = (PRIOR_DRAFTS * rate + position.weight * position.rate) / (PRIOR_DRAFTS + position.weight);
+            // Where nobody knows, a draft is taken to be as good as the one before it.
+            let (prior, weight) = costs.prior(index).unwrap_or((rate, PRIOR_DRAFTS));
+            rate = (weight * prior + position.weight * position.rate) / (weight + position.weight);
             all *= rate;
             tokens[index + 1] = tokens[index] + all;
         }

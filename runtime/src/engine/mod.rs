@@ -165,9 +165,11 @@ impl Engine {
     ///
     /// # Errors
     /// What is wrong with the request; [`Error::QueueFull`] if there is no room for its text; [`Error::EngineStopped`].
-    pub fn submit(&self, request: Request) -> Result<Stream> {
+    pub fn submit(&self, mut request: Request) -> Result<Stream> {
         crate::sequences::check_tokens(&request.prompt, 0, self.vocab_size, self.max_context)?;
         crate::sequences::check_sampling(&request.sampling)?;
+        // More than this cannot come, and is not to be counted.
+        request.max_new_tokens = request.max_new_tokens.min(self.max_context);
         let bytes = host_bytes(&request);
         {
             let mut used = lock(&self.shared.host_bytes);
