@@ -27,6 +27,10 @@ pub fn install() {
 /// Waits for input that may never come: meanwhile the first Ctrl-C ends the program.
 pub fn while_waiting<T>(wait: impl FnOnce() -> T) -> T {
     WAITING.store(true, Ordering::SeqCst);
+    if is_set() {
+        // It came when nobody looked any more, and nobody looks now.
+        std::process::exit(130);
+    }
     let result = wait();
     WAITING.store(false, Ordering::SeqCst);
     result
