@@ -15,7 +15,7 @@ use moewe_plan::{Bundle, Precision, ProgramKind};
 use moewe_runtime::engine::{Engine, EngineOptions, Event, Mtp, Request};
 use moewe_runtime::{Error, Gpu, Model, Session, SessionOptions, StopReason};
 
-/// A token whose embedding is NaN in [`poisoned`].
+/// A token whose embedding is NaN.
 const POISON: u32 = 77;
 
 fn golden(name: &str) -> std::path::PathBuf {
@@ -29,30 +29,46 @@ fn load(gpu: &Arc<Gpu>, dir: &Path) -> Arc<Model> {
     Model::load(gpu, &Bundle::open(&out).unwrap(), &|_| ()).unwrap()
 }
 
-/// The golden v3-tiny with a token that is not a number.
-fn poisoned(gpu: &Arc<Gpu>) -> Arc<Model> {
+/// A golden checkpoint with NaN in the rows (counted from the first number of each tensor) that are chosen.
+fn with_nan(gpu: &Arc<Gpu>, name: &str, rows: impl Fn(&str) -> Option<std::ops::Range<usize>>) -> Arc<Model> {
     let temp = tempfile::tempdir().unwrap();
-    let from = golden("v3-tiny");
+    let from = golden(name);
     std::fs::copy(from.join("config.json"), temp.path().join("config.json")).unwrap();
     let mut bytes = std::fs::read(from.join("model.safetensors")).unwrap();
     let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
     let header: serde_json::Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
-    let embedding = &header["model.embed_tokens.weight"];
-    assert_eq!(embedding["dtype"], "F32");
-    let width = embedding["shape"][1].as_u64().unwrap() as usize * 4;
-    let start = 8 + length + embedding["data_offsets"][0].as_u64().unwrap() as usize + POISON as usize * width;
-    for number in bytes[start..start + width].chunks_exact_mut(4) {
-        number.copy_from_slice(&f32::NAN.to_le_bytes());
+    for (name, tensor) in header.as_object().unwrap().iter().filter(|(name, _)| *name != "__metadata__") {
+        let Some(rows) = rows(name) else { continue };
+        assert_eq!(tensor["dtype"], "F32");
+        let width = tensor["shape"][1].as_u64().unwrap_or(1) as usize * 4;
+        let start = 8 + length + tensor["data_offsets"][0].as_u64().unwrap() as usize;
+        for number in bytes[start + rows.start * width..start + rows.end * width].chunks_exact_mut(4) {
+            number.copy_from_slice(&f32::NAN.to_le_bytes());
+        }
     }
     std::fs::write(temp.path().join("model.safetensors"), bytes).unwrap();
     load(gpu, temp.path())
 }
 
+/// A golden checkpoint with a token that is not a number.
+fn poisoned(gpu: &Arc<Gpu>, name: &str, token: u32) -> Arc<Model> {
+    let row = token as usize..token as usize + 1;
+    with_nan(gpu, name, |name| (name == "model.embed_tokens.weight").then(|| row.clone()))
+}
+
+fn session(model: &Arc<Model>, precision: Precision, max_sequences: u32, pages: u32) -> Session {
+    let drafts = (1..=model.plan().model.mtp_modules).map(|module| ProgramKind::Draft { module });
+    let kinds = [ProgramKind::Forward].into_iter().chain(drafts).collect();
+    let options = SessionOptions { precision, kinds, max_sequences, pages: Some(pages), ..SessionOptions::default() };
+    Session::new(model.clone(), options).unwrap()
+}
+
 fn engine(model: &Arc<Model>, max_sequences: u32, pages: u32, options: &EngineOptions) -> Engine {
-    let kinds = vec![ProgramKind::Forward, ProgramKind::Draft { module: 1 }];
-    let precision = Precision::Exact;
-    let session = SessionOptions { precision, kinds, max_sequences, pages: Some(pages), ..SessionOptions::default() };
-    Engine::new(Session::new(model.clone(), session).unwrap(), options).unwrap()
+    Engine::new(session(model, Precision::Exact, max_sequences, pages), options).unwrap()
+}
+
+fn mtp(mtp: Mtp) -> EngineOptions {
+    EngineOptions { mtp, ..EngineOptions::default() }
 }
 
 fn request(seed: u32, length: u32, max_new_tokens: usize) -> Request {
@@ -76,11 +92,11 @@ fn all_pages_are_free(engine: &Engine) {
 
 #[test]
 fn a_poisoned_sequence_fails_alone_and_leaves_nothing_behind() {
-    let model = poisoned(&gpu());
+    let model = poisoned(&gpu(), "v3-tiny", POISON);
     let requests: Vec<Request> = (0..6).map(|seed| request(seed, 20 + seed * 30, 20)).collect();
     let expected = alone(&model, &requests);
-    for mtp in [Mtp::Off, Mtp::Fixed(2)] {
-        let engine = engine(&model, 8, 24, &EngineOptions { mtp, ..EngineOptions::default() });
+    for drafts in [Mtp::Off, Mtp::Fixed(2)] {
+        let engine = engine(&model, 8, 24, &mtp(drafts));
         // Twice, so that pages of the poisoned ones come to others.
         for _ in 0..2 {
             let streams: Vec<_> = requests.iter().map(|request| engine.submit(request.clone()).unwrap()).collect();
@@ -98,7 +114,7 @@ fn a_poisoned_sequence_fails_alone_and_leaves_nothing_behind() {
                 assert!(matches!(*error, Error::Poisoned), "{error}");
             }
             for (stream, expected) in streams.into_iter().zip(&expected) {
-                assert_eq!(&stream.finish().unwrap().0, expected, "{mtp:?}");
+                assert_eq!(&stream.finish().unwrap().0, expected, "{drafts:?}");
             }
         }
         assert_eq!(engine.stats().failed, 8);
@@ -111,7 +127,7 @@ fn a_sequence_may_be_cancelled_at_any_moment() {
     let model = load(&gpu(), &golden("v3-tiny"));
     let requests: Vec<Request> = (0..4).map(|seed| request(seed, 10 + seed * 40, 24)).collect();
     let expected = alone(&model, &requests);
-    let engine = engine(&model, 6, 30, &EngineOptions { mtp: Mtp::Fixed(1), ..EngineOptions::default() });
+    let engine = engine(&model, 6, 30, &mtp(Mtp::Fixed(1)));
     for round in 0..12 {
         let streams: Vec<_> = requests.iter().map(|request| engine.submit(request.clone()).unwrap()).collect();
         let mut doomed: Vec<_> = (0..5).map(|seed| engine.submit(request(seed + 9, 150, 100)).unwrap()).collect();
@@ -142,7 +158,7 @@ fn what_does_not_fit_the_pages_ends_alone() {
     let requests: Vec<Request> = (0..5).map(|seed| request(seed, 30, 60)).collect();
     let expected = alone(&model, &requests);
     // Three pages hold 192 tokens.
-    let engine = engine(&model, 4, 3, &EngineOptions { mtp: Mtp::Fixed(1), ..EngineOptions::default() });
+    let engine = engine(&model, 4, 3, &mtp(Mtp::Fixed(1)));
     let streams: Vec<_> = requests.iter().map(|request| engine.submit(request.clone()).unwrap()).collect();
     let too_long = engine.submit(request(7, 193, 4)).unwrap();
     let grows_too_long = engine.submit(request(8, 185, 40)).unwrap();
@@ -241,4 +257,245 @@ fn damaged_and_deleted_cache_files_cost_time_alone() {
         std::fs::remove_file(path).unwrap();
     }
     run(0, "deleted");
+}
+
+/// What is waiting for the disk, and what begins like a request, may be in the way of it for a moment, but never for good.
+#[test]
+fn kept_pages_are_never_in_the_way() {
+    let model = load(&gpu(), &golden("v3-tiny"));
+    let temp = tempfile::tempdir().unwrap();
+    let grows = |seed| request(seed, 30, 200);
+    let mut requests: Vec<Request> = (0..5).map(|seed| request(seed, 250, 1 + seed as usize % 3)).collect();
+    requests.extend([grows(11), request(12, 250, 1), request(14, 255, 1), grows(15)]);
+    // Begins like the one before, for a part of a page.
+    let mut alike = requests[3].clone();
+    alike.prompt[10..].rotate_left(77);
+    requests.insert(4, alike);
+    let expected = alone(&model, &requests);
+    for (cache_dir, drafts) in [(Some((temp.path().to_owned(), 1 << 30)), Mtp::Off), (None, Mtp::Fixed(3))] {
+        let options = EngineOptions { cache_dir, mtp: drafts, ..EngineOptions::default() };
+        for together in [true, false] {
+            let engine = engine(&model, 2, 4, &options);
+            let submit = |request: &Request| engine.submit(request.clone()).unwrap();
+            let found: Vec<Vec<u32>> = if together {
+                let streams: Vec<_> = requests.iter().map(submit).collect();
+                streams.into_iter().map(|stream| stream.finish().unwrap().0).collect()
+            } else {
+                requests.iter().map(|request| submit(request).finish().unwrap().0).collect()
+            };
+            assert_eq!(found, expected, "{options:?} together {together}");
+            all_pages_are_free(&engine);
+        }
+    }
+}
+
+#[test]
+fn drafts_change_nothing_where_texts_end() {
+    let model = load(&gpu(), &golden("v3-mtp-accept-tiny"));
+    let info = &model.plan().model;
+    let (context, vocab) = (info.max_context, info.vocab_size);
+    // Up to the end of the context,
+    let full: Vec<Request> = (0..10).map(|back| request(back, context - back, 999)).collect();
+    let mut cases: Vec<(Request, Vec<u32>)> = full.iter().cloned().zip(alone(&model, &full)).collect();
+    for (request, text) in &cases {
+        assert_eq!(text.len(), context as usize - request.prompt.len());
+    }
+    // to a stop token, and to a length, wherever these stand in a burst or among accepted drafts.
+    let base = request(20, 60, 24);
+    let text = alone(&model, std::slice::from_ref(&base)).remove(0);
+    for (at, &stop) in text.iter().enumerate() {
+        let end = text.iter().position(|&token| token == stop).unwrap();
+        cases.push((Request { stop_tokens: vec![vocab + 5, stop], ..base.clone() }, text[..=end].to_vec()));
+        cases.push((Request { max_new_tokens: at + 1, ..base.clone() }, text[..=at].to_vec()));
+    }
+    // What was kept at these ends is right: texts go on from there as if all were computed.
+    let goes_on = |(request, text): &(Request, Vec<u32>)| Request {
+        prompt: [&request.prompt[..], text, &[3]].concat(),
+        max_new_tokens: 4,
+        ..base.clone()
+    };
+    let more: Vec<Request> = cases[full.len()..].iter().step_by(5).map(goes_on).collect();
+    let after = alone(&model, &more);
+    for drafts in [Mtp::Off, Mtp::Fixed(1), Mtp::Fixed(3), Mtp::Fixed(1000), Mtp::Auto] {
+        let prefill_chunk = (drafts == Mtp::Fixed(3)).then_some(7);
+        let engine = engine(&model, 6, 64, &EngineOptions { prefill_chunk, ..mtp(drafts) });
+        let submit = |request: &Request| engine.submit(request.clone()).unwrap();
+        let streams: Vec<_> = cases.iter().map(|(request, _)| submit(request)).collect();
+        for (stream, (request, expected)) in streams.into_iter().zip(&cases) {
+            let (tokens, finished) = stream.finish().unwrap();
+            assert_eq!(&tokens, expected, "{drafts:?} {} of {:?}", request.max_new_tokens, request.stop_tokens);
+            let stopped = tokens.last().is_some_and(|token| request.stop_tokens.contains(token));
+            let all = tokens.len() == request.max_new_tokens;
+            let reason = match (stopped, all) {
+                (true, _) => StopReason::Eos,
+                (_, true) => StopReason::Length,
+                _ => StopReason::Context,
+            };
+            assert_eq!((finished.stop_reason, finished.new_tokens), (reason, tokens.len()));
+        }
+        for (request, expected) in more.iter().zip(&after) {
+            let (tokens, finished) = submit(request).finish().unwrap();
+            assert_eq!(&tokens, expected, "{drafts:?}");
+            assert!(finished.cached_tokens >= request.prompt.len() - 2, "{finished:?}");
+        }
+        all_pages_are_free(&engine);
+    }
+}
+
+/// Nothing that is not a number gets into what is kept, even if the token that is not one ends a text.
+#[test]
+fn a_poisonous_stop_token_is_not_kept() {
+    let gpu = gpu();
+    let sound = load(&gpu, &golden("v3-mtp-accept-tiny"));
+    let base = request(5, 50, 40);
+    let text = alone(&sound, std::slice::from_ref(&base)).remove(0);
+    // A token that is drawn first somewhere behind, and not in the prompt.
+    let new = |at: &usize| !base.prompt.contains(&text[*at]) && !text[..*at].contains(&text[*at]);
+    for at in (5..40).filter(new).take(3) {
+        let model = poisoned(&gpu, "v3-mtp-accept-tiny", text[at]);
+        for drafts in [Mtp::Off, Mtp::Fixed(1), Mtp::Fixed(4)] {
+            let engine = engine(&model, 2, 16, &mtp(drafts));
+            let run = |request: &Request| engine.submit(request.clone()).unwrap().finish();
+            let stopping = Request { stop_tokens: vec![text[at]], ..base.clone() };
+            let (tokens, finished) = run(&stopping).unwrap();
+            assert_eq!((&tokens[..], finished.stop_reason), (&text[..=at], StopReason::Eos), "{drafts:?}");
+            let mut stream = engine.submit(base.clone()).unwrap();
+            let mut heard = Vec::new();
+            let error = loop {
+                match stream.recv().unwrap() {
+                    Event::Tokens(tokens) => heard.extend(tokens),
+                    Event::Finished(finished) => panic!("{finished:?}"),
+                    Event::Failed(error) => break error,
+                }
+            };
+            assert!(matches!(*error, Error::Poisoned), "{error}");
+            assert_eq!(heard, text[..=at], "{drafts:?}");
+            let exact = Request { max_new_tokens: at + 1, ..base.clone() };
+            assert_eq!(run(&exact).unwrap().0, text[..=at]);
+            // What comes behind it is not drawn from what is no number; what comes in its place is.
+            let with =
+                |token| Request { prompt: [&base.prompt[..], &text[..at], &[token, 2]].concat(), ..base.clone() };
+            let error = run(&with(text[at])).unwrap_err();
+            assert!(matches!(*error, Error::Poisoned), "{error}");
+            let other = with(1);
+            let expected = alone(&sound, std::slice::from_ref(&other)).remove(0);
+            if !expected.contains(&text[at]) {
+                let (tokens, finished) = run(&other).unwrap();
+                assert_eq!(tokens, expected);
+                assert!(finished.cached_tokens >= base.prompt.len() + at - 1, "{finished:?}");
+            }
+            all_pages_are_free(&engine);
+        }
+    }
+}
+
+#[test]
+fn modules_that_draft_nonsense_change_no_token() {
+    let gpu = gpu();
+    let sound = load(&gpu, &golden("v3-mtp-accept-tiny"));
+    let requests: Vec<Request> = (0..5).map(|seed| request(seed, 20 + seed * 33, 40)).collect();
+    let expected = alone(&sound, &requests);
+    let last = format!("model.layers.{}.", sound.plan().model.layers);
+    for part in ["eh_proj", "enorm", "self_attn.kv_a_layernorm", "shared_head.norm", "mlp"] {
+        let mut hit = false;
+        let model = with_nan(&gpu, "v3-mtp-accept-tiny", |name| {
+            (name.starts_with(&last) && name.contains(part)).then_some(0..1)
+        });
+        for drafts in [1, 3] {
+            let engine = engine(&model, 5, 40, &mtp(Mtp::Fixed(drafts)));
+            // Twice: what they left is there for the second time.
+            for _ in 0..2 {
+                let streams: Vec<_> = requests.iter().map(|request| engine.submit(request.clone()).unwrap()).collect();
+                for (stream, expected) in streams.into_iter().zip(&expected) {
+                    let (tokens, finished) = stream.finish().unwrap();
+                    assert_eq!(&tokens, expected, "NaN in {part}, {drafts} drafts");
+                    hit |= finished.acceptance[0].0 > 0;
+                }
+            }
+            all_pages_are_free(&engine);
+        }
+        assert!(hit, "nothing was drafted");
+    }
+}
+
+/// A model without modules, two engines on one model, fast precision, a cache that is cleared all the time.
+#[test]
+fn engines_do_not_disturb_each_other() {
+    let gpu = gpu();
+    for (name, precision) in [("v2-tiny", Precision::Exact), ("v3-mtp-accept-tiny", Precision::Fast)] {
+        let model = load(&gpu, &golden(name));
+        let requests: Vec<Request> = (0..10).map(|seed| request(seed / 2, 5 + seed * 13, 20)).collect();
+        let plain = EngineOptions { prefix_cache: false, ..mtp(Mtp::Off) };
+        let single = Engine::new(session(&model, precision, 1, 16), &plain).unwrap();
+        let expected: Vec<Vec<u32>> =
+            requests.iter().map(|request| single.submit(request.clone()).unwrap().finish().unwrap().0).collect();
+        let engines = [(Mtp::Fixed(2), Some(1)), (Mtp::Off, None)].map(|(drafts, prefill_chunk)| {
+            let options = EngineOptions { prefill_chunk, ..mtp(drafts) };
+            Engine::new(session(&model, precision, 4, 10), &options).unwrap()
+        });
+        std::thread::scope(|scope| {
+            for engine in &engines {
+                let (requests, expected) = (&requests, &expected);
+                scope.spawn(move || {
+                    for round in 0..3 {
+                        let streams: Vec<_> =
+                            requests.iter().map(|request| engine.submit(request.clone()).unwrap()).collect();
+                        for (stream, expected) in streams.into_iter().zip(expected) {
+                            engine.clear_cache();
+                            assert_eq!(&stream.finish().unwrap().0, expected, "{name} round {round}");
+                        }
+                    }
+                    all_pages_are_free(engine);
+                });
+            }
+        });
+        let streams: Vec<_> = requests.iter().map(|request| engines[0].submit(request.clone()).unwrap()).collect();
+        drop(engines);
+        for stream in streams {
+            match stream.finish() {
+                Ok((tokens, _)) => assert!(expected.contains(&tokens)),
+                Err(error) => assert!(matches!(*error, Error::EngineStopped), "{error}"),
+            }
+        }
+    }
+}
+
+#[test]
+fn pages_on_disk_serve_those_who_draft_and_those_who_do_not() {
+    let model = load(&gpu(), &golden("v3-mtp-accept-tiny"));
+    let temp = tempfile::tempdir().unwrap();
+    let long = request(3, 220, 20);
+    let expected = alone(&model, std::slice::from_ref(&long)).remove(0);
+    // Written without drafts, then with; read by both.
+    for (round, drafts) in [Mtp::Off, Mtp::Fixed(2), Mtp::Off, Mtp::Fixed(2), Mtp::Auto].into_iter().enumerate() {
+        let cache_dir = Some((temp.path().to_owned(), 1 << 30));
+        let engine = engine(&model, 1, 8, &EngineOptions { cache_dir, ..mtp(drafts) });
+        for cached in [if round == 0 { 0 } else { 192 }, 219] {
+            let (tokens, finished) = engine.submit(long.clone()).unwrap().finish().unwrap();
+            assert_eq!((&tokens, finished.cached_tokens), (&expected, cached), "{round} {drafts:?}");
+        }
+        engine.flush();
+        let disk = engine.stats().disk.unwrap();
+        assert_eq!((disk.files, disk.damaged, disk.write_errors), (3, 0, 0), "{round}: {disk:?}");
+    }
+}
+
+#[test]
+fn what_cannot_be_written_is_told_once() {
+    let model = load(&gpu(), &golden("v3-tiny"));
+    let temp = tempfile::tempdir().unwrap();
+    let cache_dir = Some((temp.path().join("cache"), 1 << 30));
+    let engine = engine(&model, 2, 32, &EngineOptions { cache_dir, ..EngineOptions::default() });
+    std::fs::remove_dir_all(temp.path().join("cache")).unwrap();
+    std::fs::write(temp.path().join("cache"), "no directory").unwrap();
+    let requests: Vec<Request> = (0..3).map(|seed| request(seed, 200, 6)).collect();
+    let expected = alone(&model, &requests);
+    for (request, expected) in requests.iter().zip(&expected) {
+        assert_eq!(&engine.submit(request.clone()).unwrap().finish().unwrap().0, expected);
+    }
+    engine.flush();
+    let stats = engine.stats();
+    let [warning] = &stats.warnings[..] else { panic!("{:?}", stats.warnings) };
+    assert!(warning.contains("cannot write to the prefix cache"), "{warning}");
+    assert!(stats.disk.is_some_and(|disk| disk.write_errors > 0 && disk.writes == 0));
 }

@@ -73,9 +73,10 @@ impl Pages {
     /// Takes a user from each page; those that nobody uses any more are free.
     pub(crate) fn give_back(&mut self, pages: impl IntoIterator<Item = Page, IntoIter: DoubleEndedIterator>) {
         for page in pages.into_iter().rev() {
-            let users = &mut self.users[page as usize];
-            debug_assert!(*users > 0, "page {page} is given back twice");
-            *users = users.saturating_sub(1);
+            let users = self.users.get_mut(page as usize).filter(|users| **users > 0);
+            debug_assert!(users.is_some(), "page {page} is given back, but nobody uses it");
+            let Some(users) = users else { continue };
+            *users -= 1;
             if *users == 0 {
                 self.free.push(page);
             }

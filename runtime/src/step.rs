@@ -84,8 +84,13 @@ impl Session {
         }
         let laid = self.lay(work, &drafts)?;
         let first = self.finished;
-        let main = self.run_step(&laid, steps)?;
-        self.collect_step(work, &laid, &drafts, main, first, steps)
+        let ran = self.run_step(&laid, steps);
+        let stepped = ran.and_then(|main| self.collect_step(work, &laid, &drafts, main, first, steps));
+        if stepped.is_err() {
+            // Some passes may have been made: the device has seen tokens that nobody was told of.
+            self.slots.all_changed();
+        }
+        stepped
     }
 
     /// Most tokens, and most wanted rows and sequences, of a step.
@@ -112,13 +117,13 @@ impl Session {
         let mut drafts = Vec::with_capacity(work.len());
         for work in work {
             let sequence = self.slots.get_mut(work.sequence)?;
-            let room = max_context.saturating_sub(sequence.cached + work.tokens);
-            sequence.drafts.truncate(room.min(work.drafts as usize));
             let pending = sequence.tokens.len() - sequence.cached;
             if work.tokens == 0 || work.tokens > pending {
                 let expected = "at least as many as are to be run, and one,";
                 return Err(Error::Pending { slot: work.sequence.slot(), pending, expected });
             }
+            let room = max_context.saturating_sub(sequence.cached + work.tokens);
+            sequence.drafts.truncate(room.min(work.drafts as usize));
             let wanted = if modules > 0 { work.drafts.min(MAX_DRAFTS) } else { 0 };
             // A module's row stands further than the main model's by the module's number.
             let stages = if wanted > 0 { wanted.max(modules) } else { 0 };
@@ -265,10 +270,7 @@ impl Session {
             let words: Vec<u32> = headers.iter().flat_map(Header::words).collect();
             gpu.queue.write_buffer(&self.headers.raw, 0, bytemuck::cast_slice(&words));
         });
-        written.map_err(|error| {
-            self.slots.all_changed();
-            gpu.refused("a batch", &error)
-        })?;
+        written.map_err(|error| gpu.refused("a batch", &error))?;
         let target = self.buffers.role(Role::Header).map(|header| header.raw.clone());
         let target = target.ok_or_else(|| Error::Plan { what: "its forward programs have no header".into() })?;
         for pass in 0..steps {
@@ -335,7 +337,8 @@ impl Session {
             sequence.drafts.clear();
             if group.rows > 0 {
                 sequence.tokens.extend(&result.tokens);
-                sequence.cached = sequence.tokens.len() - usize::from(!result.poisoned);
+                // Where a draw failed, the latents of the last token may be no numbers.
+                sequence.cached = sequence.tokens.len() - 1;
                 if drafts[owner] > 0 && !result.poisoned {
                     let made = &drafted[index * DRAFT_WORDS as usize + 1 + modules..][..drafts[owner] as usize];
                     let vocab_size = self.model.plan().model.vocab_size;

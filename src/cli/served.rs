@@ -162,6 +162,7 @@ impl Served {
 
     /// Writes what the prefix cache on disk is still to have, and says what went wrong beside the requests.
     pub fn finish(self) -> anyhow::Result<()> {
+        self.engine.flush();
         let warnings = self.stats().warnings;
         self.engine.stop()?;
         model::warn(&warnings);

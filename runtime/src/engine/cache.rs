@@ -1,6 +1,6 @@
 //! The prefix cache of an engine: which pages of its session serve later requests, in the device's memory and on disk.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 
 use moewe_plan::PAGE_TOKENS;
 
@@ -60,20 +60,37 @@ impl PrefixCache {
         self.tree.as_ref().map_or(0, PrefixTree::len)
     }
 
-    /// Pages that are free, or would be if everything that no sequence uses were forgotten.
+    /// Pages that are free, or would be if everything that no sequence uses were written and forgotten.
     pub(super) fn available(&self, session: &Session) -> usize {
-        let evictable = self.tree.as_ref().map_or(0, |tree| tree.evictable(&|page| session.page_users(page) > 1));
-        session.pages().1 + evictable
+        let queued = self.queued();
+        let evictable = self.tree.as_ref().map_or(0, |tree| tree.evictable(&in_use(session, &queued)));
+        // The tree has exchanged or lost some that still wait to be written.
+        let only_queued = queued.iter().filter(|&(&page, &holds)| session.page_users(page) == holds).count();
+        session.pages().1 + evictable + only_queued
     }
 
     /// Frees pages until there are so many, if it can, the least recently used first.
     pub(super) fn free(&mut self, session: &mut Session, pages: usize) -> bool {
         let missing = pages.saturating_sub(session.pages().1);
+        let queued = if missing > 0 { self.queued() } else { HashMap::new() };
         if let Some(tree) = self.tree.as_mut().filter(|_| missing > 0) {
-            let evicted = tree.evict(missing, &|page| session.page_users(page) > 1);
+            let evicted = tree.evict(missing, &in_use(session, &queued));
             session.release(&evicted);
         }
+        while session.pages().1 < pages && self.has_writes() {
+            // A page that cannot be read is lost to the disk, nothing else; a lost device shows in the next pass.
+            let _ = self.write_one(session);
+        }
         session.pages().1 >= pages
+    }
+
+    /// How often each page waits to be written, and is held for it.
+    fn queued(&self) -> HashMap<Page, u32> {
+        let mut queued = HashMap::new();
+        for unwritten in &self.to_write {
+            *queued.entry(unwritten.page).or_default() += 1;
+        }
+        queued
     }
 
     /// What is there of a text, as far as it is in the device's memory. What is found stays until [`Self::end`].
@@ -119,13 +136,9 @@ impl PrefixCache {
 
     /// Lets a sequence begin with what was found.
     pub(super) fn adopt(&mut self, session: &mut Session, sequence: SequenceId, found: &mut Beginning) -> Result<()> {
-        if found.partial.is_some()
-            && !self.free(session, 1)
-            && let Some((page, tokens)) = found.partial.take()
-        {
+        if found.partial.is_some() && !self.free(session, 1) {
             // No page to copy it to.
-            session.release(&[page]);
-            found.tokens -= tokens;
+            Self::end_partial(session, found);
         }
         if found.tokens > 0 { session.adopt(sequence, &found.pages, found.partial, found.drafted) } else { Ok(()) }
     }
@@ -134,6 +147,14 @@ impl PrefixCache {
     pub(super) fn end(session: &mut Session, found: &Beginning) {
         session.release(&found.pages);
         session.release(found.partial.map(|(page, _)| page).as_slice());
+    }
+
+    /// Lets go of the page that would be copied, and says whether there was one.
+    pub(super) fn end_partial(session: &mut Session, found: &mut Beginning) -> bool {
+        let Some((page, tokens)) = found.partial.take() else { return false };
+        session.release(&[page]);
+        found.tokens -= tokens;
+        true
     }
 
     /// Keeps what a sequence has computed of `tokens`, which are its first ones. Its full pages only, as long as it may
@@ -200,4 +221,9 @@ impl PrefixCache {
             session.release(&pages);
         }
     }
+}
+
+/// Whether a page of the tree is used by more than the tree and those who write it.
+fn in_use(session: &Session, queued: &HashMap<Page, u32>) -> impl Fn(Page) -> bool {
+    move |page| session.page_users(page) > 1 + queued.get(&page).copied().unwrap_or(0)
 }

@@ -9,7 +9,7 @@ use moewe_plan::FORMAT_VERSION;
 use super::cache::PrefixCache;
 use super::disk::{Disk, DiskOptions};
 use super::drafting::{Costs, Drafting, Mtp};
-use super::pool::PagePool;
+use super::pool::{self, PagePool};
 use super::request::{Event, Finished, Request};
 use super::scheduler::{Item, Limits, Plan, Reason, Scheduler};
 use super::{Command, EngineOptions, Shared, Stats, host_bytes, lock};
@@ -35,7 +35,7 @@ pub(super) struct Live {
     pub(super) sequence: Option<SequenceId>,
     drafting: Drafting,
     /// Drafts that it is to have behind its newest token.
-    drafts: usize,
+    pub(super) drafts: usize,
     /// Tokens of the prompt that were there when it was admitted first.
     pub(super) cached_tokens: usize,
     pub(super) preemptions: u32,
@@ -47,6 +47,11 @@ pub(super) struct Live {
 impl Live {
     fn new_tokens(&self) -> usize {
         self.tokens.len() - self.request.prompt.len()
+    }
+
+    /// Whether the item runs the token that was drawn last, not a part of a prompt.
+    fn decodes(&self, item: &Item) -> bool {
+        item.samples && item.tokens == 1 && self.new_tokens() > 0
     }
 }
 
@@ -84,7 +89,7 @@ impl Core {
         let lead = modules.saturating_sub(1);
         let tokens = tokens.saturating_sub(lead * running.min(rows)).max(1);
         let limits = Limits { tokens, rows, running, min_chunk: MIN_CHUNK, lead };
-        let core = Self {
+        let mut core = Self {
             cache,
             scheduler: Scheduler::new(limits),
             live: HashMap::new(),
@@ -115,6 +120,10 @@ impl Core {
                     self.publish();
                     let _ = done.send(()); // whoever asked may have gone
                 }
+                Some(Command::Flush(done)) => {
+                    self.flush();
+                    let _ = done.send(()); // whoever asked may have gone
+                }
                 Some(Command::Stop) => stopped = true,
                 None => self.tick(),
             }
@@ -132,12 +141,7 @@ impl Core {
         for id in ids {
             self.fail(id, &Arc::new(Error::EngineStopped));
         }
-        if self.broken.is_none() {
-            while self.cache.has_writes() && self.cache.write_one(&mut self.session).is_ok() {}
-        }
-        if let Some(disk) = self.cache.disk() {
-            disk.flush();
-        }
+        self.flush();
         self.cache.clear(&mut self.session);
         self.publish();
     }
@@ -187,17 +191,20 @@ impl Core {
     fn tick(&mut self) {
         self.choose_drafts();
         let Self { session, cache, live, stats, .. } = self;
-        let mut pool = PagePool { session, cache, live, stats, error: None };
+        let mut pool = PagePool { session, cache, live, stats, errors: Vec::new() };
         // What is tried is looked at after each pass.
         let learns = pool.live.values().any(|live| live.drafting.learns());
         let mut plan = self.scheduler.plan(&mut pool, if learns { 1 } else { MAX_BURST });
-        if let Some((id, error)) = pool.error.take() {
-            return self.fault(error, &[id]);
+        let errors = std::mem::take(&mut pool.errors);
+        let sound = errors.is_empty();
+        for (id, error) in errors {
+            self.fault(error, &[id]);
         }
         for &(id, reason) in &plan.failed {
             self.give_up(id, reason);
         }
-        if !plan.items.is_empty() {
+        // A plan with requests that are gone is made again.
+        if sound && !plan.items.is_empty() {
             self.run(&mut plan);
         }
         for _ in 0..WRITES_PER_TICK {
@@ -206,8 +213,18 @@ impl Core {
                 self.warn(error.to_string());
             }
         }
-        if let Some(warning) = self.cache.disk().and_then(Disk::take_warning) {
-            self.warn(warning);
+        self.publish();
+    }
+
+    /// Writes what the disk is still to have, and waits for it.
+    fn flush(&mut self) {
+        while self.broken.is_none() && self.cache.has_writes() {
+            if let Err(error) = self.cache.write_one(&mut self.session) {
+                self.warn(error.to_string());
+            }
+        }
+        if let Some(disk) = self.cache.disk() {
+            disk.flush();
         }
         self.publish();
     }
@@ -226,7 +243,10 @@ impl Core {
         }
         let work: Vec<Work> = plan.items.iter().filter_map(|item| self.work(item)).collect();
         let ids: Vec<u64> = plan.items.iter().map(|item| item.id).collect();
-        let decodes = plan.items.iter().all(|item| item.samples && item.tokens == 1);
+        let decodes = plan.items.iter().all(|item| self.live.get(&item.id).is_some_and(|live| live.decodes(item)));
+        for work in work.iter().filter(|work| work.drafts > 0) {
+            pool::ensure_behind(&mut self.session, &mut self.cache, work);
+        }
         let started = Instant::now();
         let stepped = match self.session.step(&work, plan.burst as u32) {
             Ok(stepped) if stepped.len() == plan.items.len() => stepped,
@@ -249,7 +269,7 @@ impl Core {
     fn work(&self, item: &Item) -> Option<Work> {
         let live = self.live.get(&item.id)?;
         // Modules have to see the prompt if they are to draft behind it.
-        let drafts = if item.samples && item.tokens == 1 { item.drafts } else { live.drafts };
+        let drafts = if live.decodes(item) { item.drafts } else { live.drafts };
         Some(Work { sequence: live.sequence?, tokens: item.tokens, drafts: drafts as u32 })
     }
 
@@ -403,7 +423,10 @@ impl Core {
     }
 
     /// Shows the figures of now.
-    fn publish(&self) {
+    fn publish(&mut self) {
+        if let Some(warning) = self.cache.disk().and_then(Disk::take_warning) {
+            self.warn(warning);
+        }
         let counts = self.scheduler.counts();
         let (pages, free_pages) = self.session.pages();
         let disk = self.cache.disk();

@@ -98,6 +98,8 @@ enum Command {
     Cancel(u64),
     /// Forget the prefix cache in the device's memory.
     Clear(mpsc::Sender<()>),
+    /// Write what is still to be written.
+    Flush(mpsc::Sender<()>),
     /// Come to an end, and write what is still to be written.
     Stop,
 }
@@ -198,9 +200,19 @@ impl Engine {
 
     /// Forgets what the prefix cache has in the device's memory, as far as no request uses it.
     pub fn clear_cache(&self) {
+        self.told(Command::Clear);
+    }
+
+    /// Writes what the prefix cache on disk is still to have. The figures tell afterwards what could not be written.
+    pub fn flush(&self) {
+        self.told(Command::Flush);
+    }
+
+    /// Waits until a command was obeyed. An engine that has ended has cleared and written everything.
+    fn told(&self, command: impl FnOnce(mpsc::Sender<()>) -> Command) {
         let (sender, receiver) = mpsc::channel();
-        if self.commands.send(Command::Clear(sender)) {
-            let _ = receiver.recv(); // an engine that has ended has forgotten it, too
+        if self.commands.send(command(sender)) {
+            let _ = receiver.recv();
         }
     }
 

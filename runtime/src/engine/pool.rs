@@ -8,7 +8,7 @@ use super::cache::{Beginning, PrefixCache};
 use super::core::Live;
 use super::scheduler::Pool;
 use crate::pages::pages_for;
-use crate::{Error, Result, SequenceId, Session};
+use crate::{Error, Result, SequenceId, Session, Work};
 
 /// The session's slots and pages.
 #[derive(Debug)]
@@ -17,8 +17,9 @@ pub(super) struct PagePool<'a> {
     pub(super) cache: &'a mut PrefixCache,
     pub(super) live: &'a mut HashMap<u64, Live>,
     pub(super) stats: &'a mut Stats,
-    /// What went wrong on the device, and for which request, so that the scheduler was told "no".
-    pub(super) error: Option<(u64, Error)>,
+    /// What went wrong on the device, and for which requests. The scheduler was told that all is well: it would let others
+    /// suffer for it.
+    pub(super) errors: Vec<(u64, Error)>,
 }
 
 impl PagePool<'_> {
@@ -27,9 +28,12 @@ impl PagePool<'_> {
         let mut found = self.cache.begin(self.session, &live.tokens)?;
         // What was found is held, so it is not among what is available.
         let needed = pages_for(tokens).saturating_sub(found.full_pages());
-        if self.cache.available(self.session) < needed + spare {
-            PrefixCache::end(self.session, &found);
-            return Ok(None);
+        // A page that is only copied is in the way if it is the last one.
+        while self.cache.available(self.session) < needed + spare {
+            if !PrefixCache::end_partial(self.session, &mut found) {
+                PrefixCache::end(self.session, &found);
+                return Ok(None);
+            }
         }
         let admitted = self.session.add_sequence(&live.tokens, live.request.sampling).and_then(|sequence| {
             let filled = fill(self.session, self.cache, sequence, &live.tokens, &mut found);
@@ -69,6 +73,21 @@ fn ensure(session: &mut Session, cache: &mut PrefixCache, sequence: SequenceId, 
     session.ensure(sequence, tokens)
 }
 
+/// Tokens by which rows of draft modules stand further than those of the model.
+fn behind(session: &Session, drafts: usize) -> usize {
+    let modules = session.draft_modules() as usize;
+    if drafts > 0 { modules + modules.max(drafts) } else { 0 }
+}
+
+/// Takes pages for what is drafted behind the end of a prompt, if there are any. Without them modules would not see the
+/// prompt, as [`Session::step`] leaves drafts out then.
+pub(super) fn ensure_behind(session: &mut Session, cache: &mut PrefixCache, work: &Work) {
+    let Ok(tokens) = session.tokens(work.sequence).map(<[u32]>::len) else { return };
+    let most = session.model().plan().model.max_context as usize;
+    let tokens = tokens + behind(session, work.drafts as usize);
+    let _ = ensure(session, cache, work.sequence, tokens.min(most)); // then there are none
+}
+
 impl Pool for PagePool<'_> {
     fn total(&self) -> usize {
         pages_for(self.session.max_context())
@@ -79,9 +98,6 @@ impl Pool for PagePool<'_> {
     }
 
     fn admit(&mut self, id: u64, tokens: usize, spare: usize) -> Option<usize> {
-        if self.error.is_some() {
-            return None;
-        }
         match self.try_admit(id, tokens, spare) {
             Ok(Some(cached)) => {
                 let live = self.live.get_mut(&id)?;
@@ -95,24 +111,24 @@ impl Pool for PagePool<'_> {
             }
             Ok(None) => None,
             Err(error) => {
-                self.error = Some((id, error));
-                None
+                self.errors.push((id, error));
+                Some(0)
             }
         }
     }
 
     fn grow(&mut self, id: u64, tokens: usize) -> bool {
-        let Some(sequence) = self.live.get(&id).and_then(|live| live.sequence) else { return false };
-        // Rows of draft modules stand a little further than those of the model.
-        let behind = 2 * self.session.draft_modules() as usize;
+        let Some(live) = self.live.get(&id) else { return false };
+        let Some(sequence) = live.sequence else { return false };
+        let behind = behind(self.session, live.drafts);
         let most = self.session.model().plan().model.max_context as usize;
         [tokens + behind, tokens].into_iter().any(|tokens| {
             match ensure(self.session, self.cache, sequence, tokens.min(most)) {
                 Ok(()) => true,
                 Err(Error::OutOfPages { .. }) => false,
                 Err(error) => {
-                    self.error.get_or_insert((id, error));
-                    false
+                    self.errors.push((id, error));
+                    true
                 }
             }
         })
@@ -125,7 +141,7 @@ impl Pool for PagePool<'_> {
         if live.first_token.is_some()
             && let Err(error) = self.cache.keep(self.session, sequence, &live.tokens, true)
         {
-            self.error.get_or_insert((id, error));
+            self.errors.push((id, error));
         }
         live.preemptions += 1;
         let _ = self.session.remove_sequence(sequence); // it was there a moment ago
