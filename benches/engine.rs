@@ -17,7 +17,7 @@ use moewe_runtime::engine::{Engine, EngineOptions, Finished, Mtp, Request};
 use moewe_runtime::{Gpu, Model, Selector, Session, SessionOptions};
 
 const PROMPTS: usize = 200;
-const NEW_TOKENS: usize = 48;
+const NEW_TOKENS: usize = 40;
 const SEQUENCES: usize = 64;
 
 fn main() {
@@ -62,9 +62,8 @@ fn request(prompt: &[u32], max_new_tokens: usize, temperature: f32) -> Request {
 
 /// A single stream with drafts against the same without.
 fn drafts(model: &Arc<Model>, prompts: &[Vec<u32>]) {
-    let modes =
-        [("off", Mtp::Off), ("1", Mtp::Fixed(1)), ("2", Mtp::Fixed(2)), ("3", Mtp::Fixed(3)), ("auto", Mtp::Auto)];
-    for (name, temperature, count) in [("greedy", 0.0, prompts.len()), ("temperature 0.7", 0.7, 60)] {
+    let modes = [("off", Mtp::Off), ("1", Mtp::Fixed(1)), ("2", Mtp::Fixed(2)), ("auto", Mtp::Auto)];
+    for (name, temperature, count) in [("greedy", 0.0, prompts.len()), ("temperature 0.7", 0.7, 50)] {
         let mut seconds = vec![0.0; modes.len()];
         let mut tokens = vec![0; modes.len()];
         let mut acceptance: Vec<Vec<(u64, u64)>> = vec![Vec::new(); modes.len()];

@@ -1,4 +1,4 @@
-//! `moewe eval` and `moewe bench`: the mathematics against numbers made by hand and the oracle, perplexity against PyTorch
+//! `moewe eval`: the mathematics against numbers made by hand and the oracle, perplexity against PyTorch
 //! (`tests/data/perplexity/reference.py`), both measures against traces and golden files, and what is refused.
 
 #[path = "common/cli.rs"]
@@ -481,108 +481,11 @@ fn broken_weights_are_named_by_position() {
         .refused(1, &words);
 }
 
-// ---- bench
-
-fn bench(options: &[&str]) -> cli::Call {
-    let mut args = vec!["bench".into(), tiny_bundle().into()];
-    args.extend(options.iter().map(Into::into));
-    cli::Call::new(args)
-}
-
-#[test]
-fn bench_measures_beside_a_floor() {
-    let options = ["--prompt-tokens", "3,20", "--batch", "1,2", "--context", "0,9", "--decode-tokens", "5"];
-    let said = bench(&[&options[..], &["--repeat", "2", "--json"]].concat()).json();
-    for field in ["/device/name", "/device/driver", "/versions/moewe", "/date", "/target", "/precision"] {
-        assert!(said.pointer(field).unwrap().as_str().unwrap().len() > 2, "{field}");
-    }
-    assert!(said["copy_gigabytes_per_second"]["kernel"].as_f64().unwrap() > 0.0);
-    assert_eq!((&said["complete"], &said["skipped"], &said["repeat"]), (&json!(true), &json!([]), &json!(2)));
-    let lines = said["lines"].as_array().unwrap();
-    let of = |line: &Value| {
-        let number = |field: &str| line[field].as_u64();
-        let size = number("prompt_tokens").or(number("context")).unwrap();
-        (line["kind"].as_str().unwrap().to_owned(), number("batch").unwrap(), size)
-    };
-    let expected = [
-        ("prefill", 1, 3),
-        ("prefill", 1, 20),
-        ("prefill", 2, 3),
-        ("prefill", 2, 20),
-        ("decode", 1, 0),
-        ("decode", 1, 9),
-        ("decode", 2, 0),
-        ("decode", 2, 9),
-    ];
-    assert_eq!(lines.iter().map(of).collect::<Vec<_>>(), expected.map(|(kind, b, size)| (kind.to_owned(), b, size)));
-    let at =
-        |line: &Value, path: &str| line.pointer(path).unwrap_or_else(|| panic!("{path}: {line}")).as_f64().unwrap();
-    for line in lines {
-        let [median, min, max] = ["median", "min", "max"].map(|part| at(line, &format!("/seconds/{part}")));
-        assert!(0.0 < min && min <= median && median <= max, "{line}");
-        let tokens = if line["kind"] == "prefill" { at(line, "/prompt_tokens") } else { at(line, "/decode_tokens") };
-        let tokens = tokens * at(line, "/batch");
-        near(at(line, "/tokens_per_second/median"), tokens / median, 1e-9);
-        near(at(line, "/tokens_per_second/min"), tokens / max, 1e-9);
-        near(at(line, "/share_of_floor"), at(line, "/floor/seconds") / median, 1e-9);
-        near(at(line, "/floor/tokens_per_second"), tokens / at(line, "/floor/seconds"), 1e-9);
-        assert!(at(line, "/floor/flops") > 0.0);
-        if line["kind"] == "prefill" {
-            near(at(line, "/first_token_seconds"), median, 1e-9);
-        } else {
-            near(at(line, "/step_seconds"), median / 5.0, 1e-9);
-        }
-    }
-    // More work moves more; two sequences share weights, two prompts of 20 fit one run.
-    let bytes: Vec<f64> = lines.iter().map(|line| at(line, "/floor/bytes")).collect();
-    assert!(bytes[0] < bytes[1] && bytes[4] < bytes[5] && bytes[4] < bytes[6], "{bytes:?}");
-    assert!(bytes[3] < 2.0 * bytes[1] && bytes[6] < 2.0 * bytes[4], "{bytes:?}");
-}
-
-/// One token's bytes are those that `explain` adds up: nothing is shared between the tokens of such a run.
-#[test]
-fn the_floor_of_one_token_is_what_explain_shows() {
-    let said =
-        bench(&["--prompt-tokens", "1", "--batch", "1", "--context", "40", "--decode-tokens", "1", "--json"]).json();
-    let explained = moewe!["explain", tiny_bundle(), "--json", "--context", "41"].json();
-    let forward = explained["programs"].as_array().unwrap().iter().find(|p| p["program"] == "forward").unwrap();
-    let steps = forward["layers"].as_array().unwrap().iter().flat_map(|layer| layer["steps"].as_array().unwrap());
-    let (bytes, flops) = steps.fold((0.0, 0), |(bytes, flops), step| {
-        (bytes + step["bytes"].as_f64().unwrap(), flops + step["flops"].as_u64().unwrap())
-    });
-    let floor = &said["lines"][1]["floor"];
-    near(floor["bytes"].as_f64().unwrap(), bytes, 1e-9);
-    assert_eq!(floor["flops"], flops);
-}
-
-#[test]
-fn bench_leaves_out_what_does_not_fit() {
-    let most = read_json(&golden("v3-tiny").join("config.json"))["max_position_embeddings"].as_u64().unwrap();
-    let prompts = format!("2,{}", most + 1);
-    let context = format!("{},{}", most - 1, most);
-    let options = ["--prompt-tokens", &prompts, "--batch", "1,1000", "--context", &context, "--decode-tokens", "1"];
-    let said = bench(&[&options[..], &["--repeat", "1", "--json"]].concat()).json();
-    assert_eq!(said["lines"].as_array().unwrap().len(), 2);
-    let skipped = said["skipped"].as_array().unwrap();
-    assert_eq!(skipped.len(), 6);
-    let reason = |index: usize| skipped[index]["reason"].as_str().unwrap();
-    assert_eq!(reason(0), format!("{} positions, the model has {most}", most + 1));
-    assert!(reason(1).starts_with("at most ") && reason(1).ends_with("sequences run at once"), "{said}");
-    let said = bench(&["--prompt-tokens", &prompts, "--batch", "1", "--context", "0", "--repeat", "1"]).ok();
-    for word in ["Prefill", "Decode", "Floor", "median of 1", "left out: prefill of 1 ×", "reached"] {
-        assert!(said.stdout.contains(word), "{word}: {}", said.stdout);
-    }
-    assert!(said.stdout.lines().all(|line| line.chars().count() <= 130), "{}", said.stdout);
-    for (flag, value) in [("--batch", "0"), ("--repeat", "0"), ("--decode-tokens", "0"), ("--prompt-tokens", "1,x")] {
-        bench(&[flag, value]).refused(2, &[flag]);
-    }
-}
-
 // ---- help
 
 #[test]
 fn help_texts() {
-    for command in [&["eval"][..], &["eval", "perplexity"], &["eval", "kl"], &["bench"]] {
+    for command in [&["eval"][..], &["eval", "perplexity"], &["eval", "kl"]] {
         let said = cli::Call::new(command.iter().chain(&["--help"]).map(Into::into).collect()).ok();
         assert!(said.stdout.lines().all(|line| line.chars().count() <= 100), "{}", said.stdout);
         insta::assert_snapshot!(format!("help_{}", command.join("_")), said.stdout);

@@ -18,10 +18,11 @@ pub struct Load {
 /// Bytes and floating-point operations of a step.
 pub fn cost(step: &Step, load: &Load) -> (u64, u64) {
     let Cost { fixed_bytes, token_bytes, token_flops, context_bytes, context_flops } = step.cost;
-    let counts_rows = step.grid.iter().any(|dim| {
-        matches!(dim, Dim::Symbol(Symbol::Rows) | Dim::Times(Symbol::Rows, _) | Dim::CeilDiv(Symbol::Rows, _))
+    // What is done once for all of a batch, such as accepting tokens, is about its wanted rows.
+    let counts_tokens = step.grid.iter().any(|dim| {
+        matches!(dim, Dim::Symbol(Symbol::Tokens) | Dim::Times(Symbol::Tokens, _) | Dim::CeilDiv(Symbol::Tokens, _))
     });
-    let times = if counts_rows { load.rows } else { load.tokens };
+    let times = if counts_tokens { load.tokens } else { load.rows };
     let bytes = fixed_bytes + times * token_bytes + load.cached * context_bytes;
     (bytes, times * token_flops + load.attended * context_flops)
 }

@@ -109,15 +109,18 @@ fn drafting_text(programs: &[&Program], forward: &Program) -> Option<String> {
     ))
 }
 
+/// Rows whose logits are wanted: those of the last token.
+const ROWS: u64 = 1;
+
 /// Bytes and operations of a step for a batch.
 fn cost(step: &Step, args: &ExplainArgs) -> (u64, u64) {
     let tokens = u64::from(args.tokens);
     let attended = tokens * u64::from(args.context);
-    cost_of(step, &Load { tokens, rows: tokens, cached: attended, attended })
+    cost_of(step, &Load { tokens, rows: ROWS, cached: attended, attended })
 }
 
 fn symbols(args: &ExplainArgs) -> Symbols {
-    Symbols { tokens: args.tokens.into(), rows: 1, sequences: 1, pages: 1 }
+    Symbols { tokens: args.tokens.into(), rows: ROWS, sequences: 1, pages: 1 }
 }
 
 /// Plain steps of one layer, in order; those outside of layers stand before or behind.
@@ -144,7 +147,7 @@ fn short(kernel: &Kernel) -> &str {
 
 fn program_text(plan: &Plan, program: &Program, args: &ExplainArgs) -> String {
     let mut out = format!(
-        "\nForward pass, tokens: {}, context behind each: {}, dispatches: {}, recorded ahead as one pass.\n\
+        "\nForward pass, tokens: {}, with logits: {ROWS}, context behind each: {}, dispatches: {}, recorded ahead as one pass.\n\
          CPU visits between its tokens and dispatches: none. Grids come from the size of the batch, chosen experts are read\n\
          by the kernels, and the sampled token is the next pass's input on the device.\n",
         args.tokens,

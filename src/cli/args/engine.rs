@@ -31,7 +31,8 @@ pub struct EngineArgs {
     pub no_prefix_cache: bool,
 }
 
-fn mtp(text: &str) -> Result<Mtp, String> {
+/// How to draft.
+pub(super) fn mtp(text: &str) -> Result<Mtp, String> {
     match text {
         "auto" => Ok(Mtp::Auto),
         "off" => Ok(Mtp::Off),

@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand, value_parser};
+use moewe_runtime::engine::Mtp;
 
-use super::{ModelArgs, PrecisionArg};
+use super::{ModelArgs, PrecisionArg, engine};
 
 /// `moewe eval`.
 #[derive(Args, Debug)]
@@ -114,18 +115,20 @@ pub struct TextArgs {
 /// `moewe bench`.
 #[derive(Args, Debug)]
 #[command(
-    after_help = "Tokens are random. Each line is the median of several runs behind a shorter one that warms up, beside its \
-        floor: the bytes that the run must move, over the speed at which this device copies memory. What does not fit the \
-        model's context or the device is left out, with a note.\n\n\
+    after_help = "Prompts are random tokens; where drafts are measured, the model goes on with text of its own. Each line is \
+        the median of several runs behind one that warms up, beside its floor: the bytes that the run must move, over the \
+        speed at which this device copies memory. What does not fit the model's context or the device is left out, with a \
+        note.\n\n\
         Examples:\n  \
         moewe bench models/demo\n  \
+        moewe bench models/demo --mtp off,1,2,3,auto --repeat 9\n  \
         moewe bench v3.moewe --prompt-tokens 1024 --batch 1,8,64 --context 0,4096 --json > bench.json"
 )]
 pub struct BenchArgs {
     #[command(flatten)]
     pub model: ModelArgs,
 
-    /// Tokens of a prompt, for prefill [default: 128,512; 64,256 on a software driver]
+    /// Tokens of a prompt, for prefill, and of the beginning that the prefix cache has [default: 128,512; 64,256 on a software driver]
     #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = value_parser!(u32).range(1..))]
     pub prompt_tokens: Vec<u32>,
 
@@ -133,7 +136,7 @@ pub struct BenchArgs {
     #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = value_parser!(u32).range(1..))]
     pub batch: Vec<u32>,
 
-    /// Tokens that each sequence decodes
+    /// Tokens that each sequence decodes; four times as many where drafts are measured
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = value_parser!(u32).range(1..))]
     pub decode_tokens: u32,
 
@@ -141,11 +144,16 @@ pub struct BenchArgs {
     #[arg(long, value_name = "N,…", value_delimiter = ',')]
     pub context: Vec<u32>,
 
+    /// Ways to draft with the model's modules of multi-token prediction, to be compared: off, auto or 1 to 7 tokens
+    /// [default: off,1,auto if it has such modules]
+    #[arg(long, value_name = "MODE,…", value_delimiter = ',', value_parser = engine::mtp, allow_negative_numbers = true)]
+    pub mtp: Vec<Mtp>,
+
     /// Measured runs of each line
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = value_parser!(u32).range(1..=1000))]
     pub repeat: u32,
 
-    /// Seed of the random tokens
+    /// Seed of the random tokens and of what is drawn
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u64,
 

@@ -1,14 +1,15 @@
 //! The time in which the bytes of a line can be moved at all.
 
-use moewe_plan::{Binding, Plan, Program, Step};
+use moewe_plan::{Binding, Plan, Program, ProgramKind, Step};
 
 use super::super::cost::{Load, cost};
-use super::Work;
+use super::super::served::draft_modules;
+use super::plain::Work;
 
 /// What floors depend on beside the work.
 pub(super) struct Machine<'a> {
     pub(super) plan: &'a Plan,
-    /// The forward programs, the smallest first.
+    /// The programs of one precision, of each kind the smallest first.
     pub(super) programs: Vec<&'a Program>,
     /// Most prompt tokens in a run.
     pub(super) chunk: u64,
@@ -25,18 +26,71 @@ pub(super) struct Floor {
     pub(super) seconds: f64,
 }
 
+impl Floor {
+    fn plus(self, other: Self) -> Self {
+        Self { bytes: self.bytes + other.bytes, flops: self.flops + other.flops, seconds: self.seconds + other.seconds }
+    }
+
+    /// So many times the same.
+    pub(super) fn times(self, factor: f64) -> Self {
+        Self {
+            bytes: self.bytes * factor,
+            flops: (self.flops as f64 * factor).round() as u64,
+            seconds: self.seconds * factor,
+        }
+    }
+
+    /// Of all together.
+    pub(super) fn sum(all: impl IntoIterator<Item = Self>) -> Self {
+        all.into_iter().fold(Self::default(), Self::plus)
+    }
+}
+
 impl Machine<'_> {
     pub(super) fn floor(&self, work: Work) -> Floor {
+        let loads = runs(work, self.chunk);
+        Floor::sum(loads.iter().map(|load| self.run(ProgramKind::Forward, load, false)))
+    }
+
+    /// Of running `tokens` of a prompt behind `known` that are in the cache, and of moving so many bytes besides.
+    pub(super) fn resumed(&self, known: u64, tokens: u64, bytes: u64) -> Floor {
+        let moved = Floor { bytes: bytes as f64, flops: 0, seconds: bytes as f64 / self.bytes_per_second };
+        let end = known + tokens;
+        let starts = (known..end).step_by(self.chunk.max(1) as usize);
+        let loads =
+            starts.map(|start| behind(start, self.chunk.min(end - start), u64::from(start + self.chunk >= end)));
+        Floor::sum(loads.map(|load| self.run(ProgramKind::Forward, &load, false)).chain([moved]))
+    }
+
+    /// Of a pass of one sequence behind `context` tokens that verifies so many drafts, and makes as many for the next, as
+    /// [`moewe_runtime::Session::step`] makes it.
+    pub(super) fn pass(&self, drafts: u64, context: u64) -> Floor {
+        if drafts == 0 {
+            return self.run(ProgramKind::Forward, &behind(context, 1, 1), false);
+        }
+        let modules = u64::from(draft_modules(self.plan));
+        // Rows of modules behind the first rest on drafts, and are made again.
+        let again = modules.saturating_sub(1).min(context);
+        let (start, tokens) = (context - again, again + 1 + drafts);
+        let mut floor = self.run(ProgramKind::Forward, &behind(start, tokens, 1 + drafts), true);
+        for stage in 1..=drafts.max(modules) {
+            let load = if stage > modules { behind(context, 1, 1) } else { behind(start, tokens, 1) };
+            floor = floor.plus(self.run(ProgramKind::Draft { module: stage.min(modules) as u32 }, &load, true));
+        }
+        floor
+    }
+
+    /// Of one run of the program that takes this load.
+    fn run(&self, kind: ProgramKind, load: &Load, drafts: bool) -> Floor {
+        let of_kind = || self.programs.iter().filter(|program| program.kind == kind);
+        let fits = |p: &&&Program| load.tokens <= p.max_tokens.into() && load.rows <= p.max_rows.into();
+        let Some(program) = of_kind().find(fits).or_else(|| of_kind().next_back()) else { return Floor::default() };
         let mut floor = Floor::default();
-        for load in runs(work, self.chunk) {
-            let fits = |p: &&&Program| load.tokens <= p.max_tokens.into() && load.rows <= p.max_rows.into();
-            let Some(program) = self.programs.iter().find(fits).or(self.programs.last()) else { continue };
-            // Steps that serve taps alone are left out, since nothing is watched.
-            for step in program.steps.iter().filter(|step| step.only_for.is_empty() && !step.drafting) {
-                let (bytes, flops) = cost(step, &load);
-                floor.bytes += self.without_repeated_experts(step, &load, bytes as f64);
-                floor.flops += flops;
-            }
+        // Steps that serve taps alone are left out, since nothing is watched.
+        for step in program.steps.iter().filter(|step| step.only_for.is_empty() && (drafts || !step.drafting)) {
+            let (bytes, flops) = cost(step, load);
+            floor.bytes += self.without_repeated_experts(step, load, bytes as f64);
+            floor.flops += flops;
         }
         floor.seconds = floor.bytes / self.bytes_per_second;
         floor
@@ -69,6 +123,12 @@ impl Machine<'_> {
 /// Distinct experts that tokens read if they choose evenly and independently.
 fn distinct(experts: f64, per_token: f64, tokens: f64) -> f64 {
     experts * (1.0 - (1.0 - per_token / experts).powf(tokens))
+}
+
+/// A run of so many tokens of one sequence behind `start` others.
+fn behind(start: u64, tokens: u64, rows: u64) -> Load {
+    let end = start + tokens;
+    Load { tokens, rows, cached: end, attended: (end * (end + 1) - start * (start + 1)) / 2 }
 }
 
 /// The runs of a line's work, as [`moewe_runtime::Session`] packs them.

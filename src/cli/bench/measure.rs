@@ -4,10 +4,11 @@ use std::time::Instant;
 
 use moewe_plan::Sampling;
 use moewe_runtime::{Error, MAX_BURST, SequenceId, Session};
+use serde_json::{Value, json};
 
 use super::super::args::BenchArgs;
 use super::super::interrupt;
-use super::Work;
+use super::plain::Work;
 
 /// Steps of decoding, and tokens of each prompt, that warm up: enough for every program and buffer to have been used.
 const WARM_STEPS: u32 = 4;
@@ -23,10 +24,20 @@ pub(super) struct Spread {
 
 impl Spread {
     /// Of one number or more.
-    fn of(mut numbers: Vec<f64>) -> Self {
+    pub(super) fn of(mut numbers: Vec<f64>) -> Self {
         numbers.sort_by(f64::total_cmp);
         let (last, half) = (numbers.len() - 1, numbers.len() / 2);
         Self { median: f64::midpoint(numbers[half], numbers[last - half]), min: numbers[0], max: numbers[last] }
+    }
+
+    /// Tokens a second, if so many took these seconds.
+    pub(super) fn rates(self, tokens: u64) -> Self {
+        let tokens = tokens as f64;
+        Self { median: tokens / self.median, min: tokens / self.max, max: tokens / self.min }
+    }
+
+    pub(super) fn json(self) -> Value {
+        json!({ "median": self.median, "min": self.min, "max": self.max })
     }
 }
 
@@ -37,10 +48,15 @@ pub(super) enum Measured {
 }
 
 /// Random tokens: the state of SplitMix64, and the size of the vocabulary.
-struct Tokens(u64, u64);
+pub(super) struct Tokens(u64, u64);
 
 impl Tokens {
-    fn take(&mut self, count: u32) -> Vec<u32> {
+    /// Of a seed and a vocabulary.
+    pub(super) fn new(seed: u64, vocab_size: u32) -> Self {
+        Self(seed, vocab_size.into())
+    }
+
+    pub(super) fn take(&mut self, count: u32) -> Vec<u32> {
         let next = |_| {
             self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
             let mut z = self.0;
@@ -54,7 +70,7 @@ impl Tokens {
 
 /// Measures a line. No sequence is left behind.
 pub(super) fn measure(session: &mut Session, work: Work, chunk: usize, args: &BenchArgs) -> anyhow::Result<Measured> {
-    let mut tokens = Tokens(args.seed, session.model().plan().model.vocab_size.into());
+    let mut tokens = Tokens::new(args.seed, session.model().plan().model.vocab_size);
     let mut seconds = Vec::with_capacity(args.repeat as usize);
     let mut sequences = Vec::new();
     let result = match work {
@@ -135,7 +151,7 @@ mod tests {
 
     #[test]
     fn tokens_are_of_the_vocabulary_and_the_seed() {
-        let take = |seed| Tokens(seed, 320).take(10_000);
+        let take = |seed| Tokens::new(seed, 320).take(10_000);
         assert_eq!(take(1), take(1));
         assert_ne!(take(1), take(2));
         let mut seen = [0; 320];
