@@ -17,7 +17,7 @@ use moewe_runtime::engine::{Engine, EngineOptions, Finished, Mtp, Request};
 use moewe_runtime::{Gpu, Model, Selector, Session, SessionOptions};
 
 const PROMPTS: usize = 200;
-const NEW_TOKENS: usize = 40;
+const NEW_TOKENS: usize = 24;
 const SEQUENCES: usize = 64;
 
 fn main() {
@@ -63,7 +63,7 @@ fn request(prompt: &[u32], max_new_tokens: usize, temperature: f32) -> Request {
 /// A single stream with drafts against the same without.
 fn drafts(model: &Arc<Model>, prompts: &[Vec<u32>]) {
     let modes = [("off", Mtp::Off), ("1", Mtp::Fixed(1)), ("2", Mtp::Fixed(2)), ("auto", Mtp::Auto)];
-    for (name, temperature, count) in [("greedy", 0.0, prompts.len()), ("temperature 0.7", 0.7, 50)] {
+    for (name, temperature, count) in [("greedy", 0.0, prompts.len()), ("temperature 0.7", 0.7, 40)] {
         let mut seconds = vec![0.0; modes.len()];
         let mut tokens = vec![0; modes.len()];
         let mut acceptance: Vec<Vec<(u64, u64)>> = vec![Vec::new(); modes.len()];
@@ -121,7 +121,7 @@ fn batches(model: &Arc<Model>, prompts: &[Vec<u32>]) {
     let all: usize = alone.iter().map(|(tokens, finished)| tokens.len() + finished.prompt_tokens).sum();
     println!("\n{SEQUENCES} sequences, {all} tokens in and out; tokens are the same");
     println!("  one after the other  {:8.1} tokens/s", all as f64 / one_by_one.as_secs_f64());
-    for (places, mtp) in [(8, Mtp::Off), (32, Mtp::Off), (64, Mtp::Off), (64, Mtp::Auto)] {
+    for (places, mtp) in [(8, Mtp::Off), (64, Mtp::Off), (64, Mtp::Auto)] {
         let engine = engine(model, places, &EngineOptions { mtp, prefix_cache: false, ..EngineOptions::default() });
         let started = Instant::now();
         let mut streams = Vec::new();

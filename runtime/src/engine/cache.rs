@@ -129,7 +129,7 @@ impl PrefixCache {
             found.pages.push(page);
             let all = &usable[..found.pages.len() * FULL];
             found.tokens = all.len();
-            self.insert(session, all, &found.pages.clone(), stored.drafted)?;
+            self.insert(session, all, &found.pages.clone(), found.drafted)?;
         }
         Ok(())
     }
