@@ -151,13 +151,16 @@ impl Core {
         let max_new = request.max_new_tokens.min(room);
         let (prompt, priority) = (request.prompt.len(), request.priority);
         let drafting = Drafting::new(self.mtp, moewe_plan::MAX_DRAFTS as usize);
+        let mut drafting = if id.is_multiple_of(TRIES) { drafting } else { drafting.trusting() };
+        // Its prompt may be run before drafts are chosen again, and modules have to see all of it.
+        let drafts = drafting.next(&self.costs, self.live.len() + 1);
         let live = Live {
             tokens: request.prompt.clone(),
             request,
             events,
             sequence: None,
-            drafting: if id.is_multiple_of(TRIES) { drafting } else { drafting.trusting() },
-            drafts: 0,
+            drafting,
+            drafts,
             cached_tokens: 0,
             preemptions: 0,
             submitted: Instant::now(),
