@@ -115,7 +115,7 @@ fn batches(model: &Arc<Model>, prompts: &[Vec<u32>]) {
     let single = engine(model, 1, &EngineOptions { mtp: Mtp::Off, prefix_cache: false, ..EngineOptions::default() });
     let started = Instant::now();
     for request in &requests {
-        alone.push(single.submit(request.clone()).unwrap().finish().unwrap());
+        alone.push(single.submit(request.unconstrained()).unwrap().finish().unwrap());
     }
     let one_by_one = started.elapsed();
     let all: usize = alone.iter().map(|(tokens, finished)| tokens.len() + finished.prompt_tokens).sum();
@@ -126,7 +126,7 @@ fn batches(model: &Arc<Model>, prompts: &[Vec<u32>]) {
         let started = Instant::now();
         let mut streams = Vec::new();
         for (i, request) in requests.iter().enumerate() {
-            streams.push(engine.submit(request.clone()).unwrap());
+            streams.push(engine.submit(request.unconstrained()).unwrap());
             if i % 8 == 7 {
                 std::thread::sleep(Duration::from_millis(50));
             }

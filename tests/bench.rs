@@ -136,7 +136,7 @@ fn moved(plan: &Plan, kind: ProgramKind, (tokens, rows): (u32, u32), context: u3
     let (experts, each) = (f64::from(plan.model.experts), f64::from(plan.model.num_experts_per_tok));
     let distinct = experts * (1.0 - (1.0 - each / experts).powi(tokens as i32));
     let mut bytes = 0.0;
-    for step in program.steps.iter().filter(|step| step.only_for.is_empty() && (drafts || !step.drafting)) {
+    for step in program.steps.iter().filter(|step| step.only_for.is_empty() && step.when.holds(drafts, false)) {
         let times = if format!("{:?}", step.grid).contains("Tokens") { tokens } else { rows };
         bytes += step.cost.fixed_bytes as f64 + f64::from(times) * step.cost.token_bytes as f64;
         bytes += f64::from(context + tokens) * step.cost.context_bytes as f64;

@@ -76,7 +76,7 @@ fn sixty_four_sequences_are_given_what_each_is_given_alone() {
     let alone = EngineOptions { mtp: Mtp::Off, prefix_cache: false, ..EngineOptions::default() };
     let single = engine(1, 16, &alone);
     let expected: Vec<(Vec<u32>, Finished)> =
-        requests.iter().map(|request| single.submit(request.clone()).unwrap().finish().unwrap()).collect();
+        requests.iter().map(|request| single.submit(request.unconstrained()).unwrap().finish().unwrap()).collect();
     drop(single);
     for (mtp, pages) in [(Mtp::Off, 400), (Mtp::Auto, 400), (Mtp::Fixed(2), 60)] {
         let model = demo();
@@ -85,7 +85,7 @@ fn sixty_four_sequences_are_given_what_each_is_given_alone() {
         let holding = model.gpu().held_bytes();
         let mut streams = Vec::new();
         for (number, request) in requests.iter().enumerate() {
-            streams.push(engine.submit(request.clone()).unwrap());
+            streams.push(engine.submit(request.unconstrained()).unwrap());
             if number % 9 == 0 {
                 std::thread::sleep(std::time::Duration::from_millis(20));
             }

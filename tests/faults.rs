@@ -81,7 +81,7 @@ fn request(seed: u32, length: u32, max_new_tokens: usize) -> Request {
 fn alone(model: &Arc<Model>, requests: &[Request]) -> Vec<Vec<u32>> {
     let options = EngineOptions { mtp: Mtp::Off, prefix_cache: false, ..EngineOptions::default() };
     let engine = engine(model, 1, 16, &options);
-    requests.iter().map(|request| engine.submit(request.clone()).unwrap().finish().unwrap().0).collect()
+    requests.iter().map(|request| engine.submit(request.unconstrained()).unwrap().finish().unwrap().0).collect()
 }
 
 fn all_pages_are_free(engine: &Engine) {
@@ -99,7 +99,8 @@ fn a_poisoned_sequence_fails_alone_and_leaves_nothing_behind() {
         let engine = engine(&model, 8, 24, &mtp(drafts));
         // Twice, so that pages of the poisoned ones come to others.
         for _ in 0..2 {
-            let streams: Vec<_> = requests.iter().map(|request| engine.submit(request.clone()).unwrap()).collect();
+            let streams: Vec<_> =
+                requests.iter().map(|request| engine.submit(request.unconstrained()).unwrap()).collect();
             let poisonous: Vec<_> = (0..4)
                 .map(|seed| {
                     let mut request = request(seed, 70 + seed, 20);
@@ -129,7 +130,7 @@ fn a_sequence_may_be_cancelled_at_any_moment() {
     let expected = alone(&model, &requests);
     let engine = engine(&model, 6, 30, &mtp(Mtp::Fixed(1)));
     for round in 0..12 {
-        let streams: Vec<_> = requests.iter().map(|request| engine.submit(request.clone()).unwrap()).collect();
+        let streams: Vec<_> = requests.iter().map(|request| engine.submit(request.unconstrained()).unwrap()).collect();
         let mut doomed: Vec<_> = (0..5).map(|seed| engine.submit(request(seed + 9, 150, 100)).unwrap()).collect();
         let dropped = doomed.split_off(3);
         std::thread::sleep(Duration::from_millis(round * 7));
@@ -159,7 +160,7 @@ fn what_does_not_fit_the_pages_ends_alone() {
     let expected = alone(&model, &requests);
     // Three pages hold 192 tokens.
     let engine = engine(&model, 4, 3, &mtp(Mtp::Fixed(1)));
-    let streams: Vec<_> = requests.iter().map(|request| engine.submit(request.clone()).unwrap()).collect();
+    let streams: Vec<_> = requests.iter().map(|request| engine.submit(request.unconstrained()).unwrap()).collect();
     let too_long = engine.submit(request(7, 193, 4)).unwrap();
     let grows_too_long = engine.submit(request(8, 185, 40)).unwrap();
     let error = too_long.finish().unwrap_err();
@@ -199,6 +200,7 @@ fn a_lost_device_is_told_to_everybody() {
     let model = load(&gpu, &golden("v3-tiny"));
     let engine = engine(&model, 2, 32, &EngineOptions::default());
     let mut streams: Vec<_> = (0..6).map(|seed| engine.submit(request(seed, 40, 200)).unwrap()).collect();
+    assert!(matches!(streams[0].recv(), Some(Event::Began { cached_tokens: 0 })));
     assert!(matches!(streams[0].recv(), Some(Event::Tokens(_))));
     gpu.handles().device.destroy();
     for stream in streams {
@@ -221,7 +223,7 @@ fn damaged_and_deleted_cache_files_cost_time_alone() {
         let cache_dir = Some((temp.path().join("cache"), 1 << 30));
         let engine = engine(&model, 2, 32, &EngineOptions { cache_dir, ..EngineOptions::default() });
         for (request, expected) in requests.iter().zip(&expected) {
-            let (tokens, finished) = engine.submit(request.clone()).unwrap().finish().unwrap();
+            let (tokens, finished) = engine.submit(request.unconstrained()).unwrap().finish().unwrap();
             assert_eq!(&tokens, expected, "{what}");
             assert_eq!(finished.cached_tokens, cached, "{what}");
         }
@@ -268,7 +270,7 @@ fn kept_pages_are_never_in_the_way() {
     let mut requests: Vec<Request> = (0..5).map(|seed| request(seed, 250, 1 + seed as usize % 3)).collect();
     requests.extend([grows(11), request(12, 250, 1), request(14, 255, 1), grows(15)]);
     // Begins like the one before, for a part of a page.
-    let mut alike = requests[3].clone();
+    let mut alike = requests[3].unconstrained();
     alike.prompt[10..].rotate_left(77);
     requests.insert(4, alike);
     let expected = alone(&model, &requests);
@@ -276,7 +278,7 @@ fn kept_pages_are_never_in_the_way() {
         let options = EngineOptions { cache_dir, mtp: drafts, ..EngineOptions::default() };
         for together in [true, false] {
             let engine = engine(&model, 2, 4, &options);
-            let submit = |request: &Request| engine.submit(request.clone()).unwrap();
+            let submit = |request: &Request| engine.submit(request.unconstrained()).unwrap();
             let found: Vec<Vec<u32>> = if together {
                 let streams: Vec<_> = requests.iter().map(submit).collect();
                 streams.into_iter().map(|stream| stream.finish().unwrap().0).collect()
@@ -296,7 +298,8 @@ fn drafts_change_nothing_where_texts_end() {
     let (context, vocab) = (info.max_context, info.vocab_size);
     // Up to the end of the context,
     let full: Vec<Request> = (0..10).map(|back| request(back, context - back, 999)).collect();
-    let mut cases: Vec<(Request, Vec<u32>)> = full.iter().cloned().zip(alone(&model, &full)).collect();
+    let mut cases: Vec<(Request, Vec<u32>)> =
+        full.iter().map(Request::unconstrained).zip(alone(&model, &full)).collect();
     for (request, text) in &cases {
         assert_eq!(text.len(), context as usize - request.prompt.len());
     }
@@ -305,21 +308,21 @@ fn drafts_change_nothing_where_texts_end() {
     let text = alone(&model, std::slice::from_ref(&base)).remove(0);
     for (at, &stop) in text.iter().enumerate() {
         let end = text.iter().position(|&token| token == stop).unwrap();
-        cases.push((Request { stop_tokens: vec![vocab + 5, stop], ..base.clone() }, text[..=end].to_vec()));
-        cases.push((Request { max_new_tokens: at + 1, ..base.clone() }, text[..=at].to_vec()));
+        cases.push((Request { stop_tokens: vec![vocab + 5, stop], ..base.unconstrained() }, text[..=end].to_vec()));
+        cases.push((Request { max_new_tokens: at + 1, ..base.unconstrained() }, text[..=at].to_vec()));
     }
     // What was kept at these ends is right: texts go on from there as if all were computed.
     let goes_on = |(request, text): &(Request, Vec<u32>)| Request {
         prompt: [&request.prompt[..], text, &[3]].concat(),
         max_new_tokens: 4,
-        ..base.clone()
+        ..base.unconstrained()
     };
     let more: Vec<Request> = cases[full.len()..].iter().step_by(5).map(goes_on).collect();
     let after = alone(&model, &more);
     for drafts in [Mtp::Off, Mtp::Fixed(1), Mtp::Fixed(3), Mtp::Fixed(1000), Mtp::Auto] {
         let prefill_chunk = (drafts == Mtp::Fixed(3)).then_some(7);
         let engine = engine(&model, 6, 64, &EngineOptions { prefill_chunk, ..mtp(drafts) });
-        let submit = |request: &Request| engine.submit(request.clone()).unwrap();
+        let submit = |request: &Request| engine.submit(request.unconstrained()).unwrap();
         let streams: Vec<_> = cases.iter().map(|(request, _)| submit(request)).collect();
         for (stream, (request, expected)) in streams.into_iter().zip(&cases) {
             let (tokens, finished) = stream.finish().unwrap();
@@ -355,26 +358,29 @@ fn a_poisonous_stop_token_is_not_kept() {
         let model = poisoned(&gpu, "v3-mtp-accept-tiny", text[at]);
         for drafts in [Mtp::Off, Mtp::Fixed(1), Mtp::Fixed(4)] {
             let engine = engine(&model, 2, 16, &mtp(drafts));
-            let run = |request: &Request| engine.submit(request.clone()).unwrap().finish();
-            let stopping = Request { stop_tokens: vec![text[at]], ..base.clone() };
+            let run = |request: &Request| engine.submit(request.unconstrained()).unwrap().finish();
+            let stopping = Request { stop_tokens: vec![text[at]], ..base.unconstrained() };
             let (tokens, finished) = run(&stopping).unwrap();
             assert_eq!((&tokens[..], finished.stop_reason), (&text[..=at], StopReason::Eos), "{drafts:?}");
-            let mut stream = engine.submit(base.clone()).unwrap();
+            let mut stream = engine.submit(base.unconstrained()).unwrap();
             let mut heard = Vec::new();
             let error = loop {
                 match stream.recv().unwrap() {
-                    Event::Tokens(tokens) => heard.extend(tokens),
+                    Event::Began { .. } => {}
+                    Event::Tokens(tokens) => heard.extend(tokens.ids),
                     Event::Finished(finished) => panic!("{finished:?}"),
                     Event::Failed(error) => break error,
                 }
             };
             assert!(matches!(*error, Error::Poisoned), "{error}");
             assert_eq!(heard, text[..=at], "{drafts:?}");
-            let exact = Request { max_new_tokens: at + 1, ..base.clone() };
+            let exact = Request { max_new_tokens: at + 1, ..base.unconstrained() };
             assert_eq!(run(&exact).unwrap().0, text[..=at]);
             // What comes behind it is not drawn from what is no number; what comes in its place is.
-            let with =
-                |token| Request { prompt: [&base.prompt[..], &text[..at], &[token, 2]].concat(), ..base.clone() };
+            let with = |token| Request {
+                prompt: [&base.prompt[..], &text[..at], &[token, 2]].concat(),
+                ..base.unconstrained()
+            };
             let error = run(&with(text[at])).unwrap_err();
             assert!(matches!(*error, Error::Poisoned), "{error}");
             let other = with(1);
@@ -405,7 +411,8 @@ fn modules_that_draft_nonsense_change_no_token() {
             let engine = engine(&model, 5, 40, &mtp(Mtp::Fixed(drafts)));
             // Twice: what they left is there for the second time.
             for _ in 0..2 {
-                let streams: Vec<_> = requests.iter().map(|request| engine.submit(request.clone()).unwrap()).collect();
+                let streams: Vec<_> =
+                    requests.iter().map(|request| engine.submit(request.unconstrained()).unwrap()).collect();
                 for (stream, expected) in streams.into_iter().zip(&expected) {
                     let (tokens, finished) = stream.finish().unwrap();
                     assert_eq!(&tokens, expected, "NaN in {part}, {drafts} drafts");
@@ -427,19 +434,22 @@ fn engines_do_not_disturb_each_other() {
         let requests: Vec<Request> = (0..10).map(|seed| request(seed / 2, 5 + seed * 13, 20)).collect();
         let plain = EngineOptions { prefix_cache: false, ..mtp(Mtp::Off) };
         let single = Engine::new(session(&model, precision, 1, 16), &plain).unwrap();
-        let expected: Vec<Vec<u32>> =
-            requests.iter().map(|request| single.submit(request.clone()).unwrap().finish().unwrap().0).collect();
+        let expected: Vec<Vec<u32>> = requests
+            .iter()
+            .map(|request| single.submit(request.unconstrained()).unwrap().finish().unwrap().0)
+            .collect();
         let engines = [(Mtp::Fixed(2), Some(1)), (Mtp::Off, None)].map(|(drafts, prefill_chunk)| {
             let options = EngineOptions { prefill_chunk, ..mtp(drafts) };
             Engine::new(session(&model, precision, 4, 10), &options).unwrap()
         });
         std::thread::scope(|scope| {
             for engine in &engines {
-                let (requests, expected) = (&requests, &expected);
+                let requests: Vec<Request> = requests.iter().map(Request::unconstrained).collect();
+                let expected = &expected;
                 scope.spawn(move || {
                     for round in 0..3 {
                         let streams: Vec<_> =
-                            requests.iter().map(|request| engine.submit(request.clone()).unwrap()).collect();
+                            requests.iter().map(|request| engine.submit(request.unconstrained()).unwrap()).collect();
                         for (stream, expected) in streams.into_iter().zip(expected) {
                             engine.clear_cache();
                             assert_eq!(&stream.finish().unwrap().0, expected, "{name} round {round}");
@@ -449,7 +459,8 @@ fn engines_do_not_disturb_each_other() {
                 });
             }
         });
-        let streams: Vec<_> = requests.iter().map(|request| engines[0].submit(request.clone()).unwrap()).collect();
+        let streams: Vec<_> =
+            requests.iter().map(|request| engines[0].submit(request.unconstrained()).unwrap()).collect();
         drop(engines);
         for stream in streams {
             match stream.finish() {
@@ -471,7 +482,7 @@ fn pages_on_disk_serve_those_who_draft_and_those_who_do_not() {
         let cache_dir = Some((temp.path().to_owned(), 1 << 30));
         let engine = engine(&model, 1, 8, &EngineOptions { cache_dir, ..mtp(drafts) });
         for cached in [if round == 0 { 0 } else { 192 }, 219] {
-            let (tokens, finished) = engine.submit(long.clone()).unwrap().finish().unwrap();
+            let (tokens, finished) = engine.submit(long.unconstrained()).unwrap().finish().unwrap();
             assert_eq!((&tokens, finished.cached_tokens), (&expected, cached), "{round} {drafts:?}");
         }
         engine.flush();
@@ -491,7 +502,7 @@ fn what_cannot_be_written_is_told_once() {
     let requests: Vec<Request> = (0..3).map(|seed| request(seed, 200, 6)).collect();
     let expected = alone(&model, &requests);
     for (request, expected) in requests.iter().zip(&expected) {
-        assert_eq!(&engine.submit(request.clone()).unwrap().finish().unwrap().0, expected);
+        assert_eq!(&engine.submit(request.unconstrained()).unwrap().finish().unwrap().0, expected);
     }
     engine.flush();
     let stats = engine.stats();

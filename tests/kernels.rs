@@ -2,6 +2,8 @@
 
 #[path = "kernels/attention.rs"]
 mod attention;
+#[path = "kernels/constraints.rs"]
+mod constraints;
 #[path = "kernels/data.rs"]
 mod data;
 #[path = "kernels/drafting.rs"]
@@ -16,6 +18,8 @@ mod harness;
 mod latents;
 #[path = "kernels/linear.rs"]
 mod linear;
+#[path = "kernels/logprobs.rs"]
+mod logprobs;
 #[path = "kernels/norms.rs"]
 mod norms;
 #[path = "kernels/prediction.rs"]

@@ -50,7 +50,7 @@ fn greedy_with_drafts_is_greedy_without_on_200_prompts() {
         };
         let session = Session::new(model.clone(), options).unwrap();
         let engine = Engine::new(session, &EngineOptions { mtp, ..EngineOptions::default() }).unwrap();
-        let streams: Vec<_> = requests.iter().map(|request| engine.submit(request.clone()).unwrap()).collect();
+        let streams: Vec<_> = requests.iter().map(|request| engine.submit(request.unconstrained()).unwrap()).collect();
         let texts: Vec<Vec<u32>> = streams.into_iter().map(|stream| stream.finish().unwrap().0).collect();
         let acceptance = engine.stats().acceptance;
         println!("{mtp:?}: {:?}, drafts and accepted ones by position: {acceptance:?}", started.elapsed());

@@ -44,7 +44,7 @@ fn generate(
     let (mut tokens, mut verified) = (Vec::new(), Vec::new());
     while tokens.len() < count {
         let pending = session.tokens(sequence).unwrap().len() - session.cached(sequence).unwrap();
-        let work = Work { sequence, tokens: pending.min(chunk), drafts };
+        let work = Work { sequence, tokens: pending.min(chunk), drafts, logprobs: false };
         let Stepped { tokens: more, verified: passes, poisoned, .. } = session.step(&[work], burst).unwrap().remove(0);
         assert!(!poisoned);
         tokens.extend(more);
@@ -179,7 +179,8 @@ fn drafts_leave_the_distribution_alone() {
                 session.add_sequence(&prompt, Sampling { temperature, seed_low, ..Sampling::default() }).unwrap()
             })
             .collect();
-        let works = |tokens| sequences.iter().map(move |&sequence| Work { sequence, tokens, drafts: 1 });
+        let works =
+            |tokens| sequences.iter().map(move |&sequence| Work { sequence, tokens, drafts: 1, logprobs: false });
         let began = session.step(&works(prompt.len()).collect::<Vec<_>>(), 1).unwrap();
         let went_on = session.step(&works(1).collect::<Vec<_>>(), 1).unwrap();
         for (began, went_on) in began.iter().zip(&went_on) {
@@ -264,7 +265,7 @@ fn drafting_may_pause_and_go_on() {
             let &(drafts, count) = passes.next().unwrap();
             for _ in 0..count {
                 let tokens = session.tokens(sequence).unwrap().len() - session.cached(sequence).unwrap();
-                let stepped = session.step(&[Work { sequence, tokens, drafts }], 1).unwrap().remove(0);
+                let stepped = session.step(&[Work { sequence, tokens, drafts, logprobs: false }], 1).unwrap().remove(0);
                 offered += stepped.verified.iter().map(|pass| pass.0).sum::<u32>();
                 accepted += stepped.verified.iter().map(|pass| pass.1).sum::<u32>();
             }
@@ -286,7 +287,7 @@ fn drafting_may_pause_and_go_on() {
     let long = [prompt, &expected[..93]].concat();
     for drafts in [1, 0] {
         let donor = session.add_sequence(&long, Sampling::default()).unwrap();
-        session.step(&[Work { sequence: donor, tokens: 100, drafts }], 1).unwrap();
+        session.step(&[Work { sequence: donor, tokens: 100, drafts, logprobs: false }], 1).unwrap();
         let pages = session.pages_of(donor).unwrap().to_vec();
         let drafted = session.is_drafted(donor).unwrap();
         assert_eq!(drafted, drafts > 0);

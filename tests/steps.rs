@@ -29,7 +29,7 @@ fn prompt(seed: u32, length: u32) -> Vec<u32> {
 fn go_on(session: &mut Session, sequence: SequenceId, length: usize, drafts: u32, from: usize) -> Vec<u32> {
     while session.tokens(sequence).unwrap().len() < length {
         let tokens = session.tokens(sequence).unwrap().len() - session.cached(sequence).unwrap();
-        session.step(&[Work { sequence, tokens, drafts }], 3).unwrap();
+        session.step(&[Work { sequence, tokens, drafts, logprobs: false }], 3).unwrap();
     }
     session.tokens(sequence).unwrap()[from..length].to_vec()
 }
@@ -46,7 +46,7 @@ fn nonsense_is_refused_and_harms_nobody() {
     let gone = add(&mut session, 99);
     session.remove_sequence(gone).unwrap();
     let sequence = many[0];
-    let one = |tokens, drafts| Work { sequence, tokens, drafts };
+    let one = |tokens, drafts| Work { sequence, tokens, drafts, logprobs: false };
     let nonsense = |session: &mut Session| {
         let pending = session.tokens(sequence).unwrap().len() - session.cached(sequence).unwrap();
         let free = session.pages().1;
@@ -63,11 +63,12 @@ fn nonsense_is_refused_and_harms_nobody() {
             assert!(matches!(error, Error::Batch { .. }), "{error}");
         }
         for drafts in [0, 1, 7] {
-            let work: Vec<Work> = many.iter().map(|&sequence| Work { sequence, tokens: 1, drafts }).collect();
+            let work: Vec<Work> =
+                many.iter().map(|&sequence| Work { sequence, tokens: 1, drafts, logprobs: false }).collect();
             let error = session.step(&work, 1).unwrap_err();
             assert!(matches!(error, Error::Batch { .. } | Error::BatchTooLarge { .. }), "{error}");
         }
-        let stranger = Work { sequence: gone, tokens: 1, drafts: 1 };
+        let stranger = Work { sequence: gone, tokens: 1, drafts: 1, logprobs: false };
         let error = session.step(&[one(1, 1), stranger], 1).unwrap_err();
         assert!(matches!(error, Error::UnknownSequence { .. }), "{error}");
         let other = session.add_sequence(&prompt(3, 3), Sampling::default()).unwrap();

@@ -5,8 +5,8 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use moewe_plan::{
-    Binding, Dim, FORMAT_VERSION, ModelInfo, Plan, Precision, Program, ProgramKind, Requirements, Staging, Symbol,
-    TapChoice, WeightFormat,
+    Binding, Dim, FORMAT_VERSION, ModelInfo, Plan, Precision, Program, ProgramKind, Requirements, Role, Staging,
+    Symbol, TapChoice, WeightFormat,
 };
 
 use crate::checkpoint::Checkpoint;
@@ -182,7 +182,9 @@ fn capacities(config: &Config, profile: &Profile, buffers: &Buffers, program: &P
     let used: BTreeSet<u32> = bound.collect();
     let mut tokens = MAX_TOKENS.min(MAX_GRID / config.num_experts_per_tok.max(1) as u64);
     let mut rows = MAX_TOKENS;
-    for buffer in used.into_iter().map(|index| &buffers.list[index as usize]) {
+    let used = used.into_iter().map(|index| &buffers.list[index as usize]);
+    // The ring of log probabilities has one size everywhere, far below what any device binds.
+    for buffer in used.filter(|buffer| buffer.role != Role::Logprobs) {
         // Bytes for one token, row, sequence or page, or of the whole.
         let (Dim::Const(length) | Dim::Times(_, length)) = buffer.elements else { continue };
         let least = 4 * length;

@@ -8,7 +8,7 @@
 use std::collections::BTreeSet;
 use std::fmt;
 
-use moewe_plan::{DType, TOP_TOKENS, TapGroup};
+use moewe_plan::{DType, TOP_TOKENS, TapGroup, When};
 
 use crate::config::{Scoring, TopkMethod};
 
@@ -266,6 +266,9 @@ pub enum Op {
     GatherRows,
     /// logits `[V]` of wanted rows → token `[1]` (u32), drawn by the sequence's sampling parameters.
     Sample,
+    /// logits `[V]` of wanted rows, token `[1]` → nothing: notes the log probabilities of the token and of the likeliest ones
+    /// in a ring, for the pass that [`Op::Accept`] ends. Only those who ask for them need it.
+    Logprobs,
     /// token `[1]` → nothing: accepts drafts, notes sampled tokens as finished and seen, and makes the next batch.
     Accept,
     /// token `[1]` → nothing: notes the sampled tokens as drafts and makes the next batch. Only drafting needs it.
@@ -370,7 +373,7 @@ impl Op {
             Op::ReadState { name, .. } => traits.push(name),
             Op::WriteState { name, .. } => {
                 traits.push(name);
-                if self.serves_drafting() {
+                if self.when() == When::Drafting {
                     traits.push("drafting");
                 }
             }
@@ -385,13 +388,22 @@ impl Op {
     pub fn has_effect(&self) -> bool {
         matches!(
             self,
-            Op::CacheWrite { .. } | Op::LatentWrite { .. } | Op::WriteState { .. } | Op::Accept | Op::Propose
+            Op::CacheWrite { .. }
+                | Op::LatentWrite { .. }
+                | Op::WriteState { .. }
+                | Op::Logprobs
+                | Op::Accept
+                | Op::Propose
         )
     }
 
-    /// Whether only drafting needs what it does beside its outputs.
-    fn serves_drafting(&self) -> bool {
-        matches!(self, Op::WriteState { drafting: true, .. } | Op::Propose)
+    /// In which passes what it does beside its outputs is needed.
+    fn when(&self) -> When {
+        match self {
+            Op::WriteState { drafting: true, .. } | Op::Propose => When::Drafting,
+            Op::Logprobs => When::Logprobs,
+            _ => When::Always,
+        }
     }
 }
 
@@ -511,15 +523,23 @@ impl Graph {
         always.into_iter().zip(serves).map(only).collect()
     }
 
-    /// For each node whether it serves drafting alone.
-    pub fn drafting(&self) -> Vec<bool> {
-        let drafting = self.needed(self.nodes.iter().map(|node| node.op.serves_drafting()).collect());
-        let mut other: Vec<bool> =
-            self.nodes.iter().map(|node| node.op.has_effect() && !node.op.serves_drafting()).collect();
+    /// For each node in which passes it is needed: in all, if it serves more than one purpose.
+    pub fn when(&self) -> Vec<When> {
+        let needed = |when| {
+            let serves = |node: &Node| node.op.has_effect() && node.op.when() == when;
+            self.needed(self.nodes.iter().map(serves).collect())
+        };
+        let (drafting, logprobs, mut always) = (needed(When::Drafting), needed(When::Logprobs), needed(When::Always));
         for tap in &self.taps {
-            other[tap.value.node] = true;
+            always[tap.value.node] = true;
         }
-        drafting.into_iter().zip(self.needed(other)).map(|(drafting, other)| drafting && !other).collect()
+        let always = self.needed(always);
+        let when = |id: usize| match (always[id], drafting[id], logprobs[id]) {
+            (false, true, false) => When::Drafting,
+            (false, false, true) => When::Logprobs,
+            _ => When::Always,
+        };
+        (0..self.nodes.len()).map(when).collect()
     }
 
     /// `wanted` and all nodes that those need.

@@ -19,6 +19,7 @@ pub fn output_types(graph: &Graph, op: &Op, inputs: &[Value]) -> Result<Vec<Tens
         | Op::WriteState { .. }
         | Op::GatherRows
         | Op::Sample
+        | Op::Logprobs
         | Op::Accept
         | Op::Propose
         | Op::TopTokens(_) => ends(&on, op),
@@ -81,6 +82,15 @@ fn ends(on: &Operands, op: &Op) -> Types {
             on.wanted()?;
             on.vector(0, "logits")?;
             on.ids(1)
+        }
+        Op::Logprobs => {
+            on.count(2)?;
+            on.wanted()?;
+            if on.vector(0, "logits")? == 0 {
+                return Err("no logits".into());
+            }
+            on.input(1, "token", DType::U32, &[1])?;
+            Ok(Vec::new())
         }
         Op::TopTokens(asked) => {
             on.count(if *asked == Asked::Nothing { 1 } else { 2 })?;

@@ -5,8 +5,8 @@ mod attention;
 use std::collections::HashMap;
 
 use moewe_plan::{
-    Binding, Cost, DRAFT_WORDS, DType, Dim, FINISHED_STEPS, Kernel, MAX_DRAFT_MODULES, Parameter, ParameterKind, Role,
-    Step, Symbol, TapSpec,
+    Binding, Cost, DRAFT_WORDS, DType, Dim, FINISHED_STEPS, Kernel, LOGPROB_WORDS, MAX_DRAFT_MODULES, Parameter,
+    ParameterKind, Role, Step, Symbol, TapSpec, When,
 };
 use moewe_shaders::{Linked, Variant, link};
 
@@ -96,14 +96,14 @@ pub fn lower(
     shared: &mut Shared,
 ) -> Result<(Vec<Step>, Vec<TapSpec>)> {
     let values = assign(graph, program, &mut shared.buffers);
-    let (only_for, drafting) = (graph.only_for(), graph.drafting());
+    let (only_for, when) = (graph.only_for(), graph.when());
     let mut lowering = Lowering { config, graph, selector, first_position, shared, values, steps: Vec::new() };
     for id in 0..graph.nodes.len() {
         let first = lowering.steps.len();
         lowering.node(id)?;
         for step in &mut lowering.steps[first..] {
             step.only_for = only_for[id].iter().map(|&tap| tap as u32).collect();
-            step.drafting = drafting[id];
+            step.when = when[id];
         }
     }
     let taps = graph.taps.iter().map(|tap| {
@@ -126,6 +126,7 @@ pub fn lower(
 impl Lowering<'_, '_> {
     fn role(&mut self, role: Role) -> Slot {
         let config = self.config;
+        let token_bits = Dim::Times(Symbol::Sequences, config.vocab_size.div_ceil(32) as u64);
         let (name, dtype, elements) = match role {
             Role::Header => ("batch.header", DType::U32, Dim::Const(8)),
             Role::Tokens => ("batch.tokens", DType::U32, Dim::Times(Symbol::Tokens, 4)),
@@ -135,11 +136,15 @@ impl Lowering<'_, '_> {
                 ("batch.pages", DType::U32, Dim::Times(Symbol::Sequences, pages))
             }
             Role::Sampling => ("batch.sampling", DType::U32, Dim::Times(Symbol::Sequences, 8)),
-            Role::Seen => {
-                ("batch.seen", DType::U32, Dim::Times(Symbol::Sequences, config.vocab_size.div_ceil(32) as u64))
-            }
+            Role::Seen => ("batch.seen", DType::U32, token_bits),
+            Role::Mask => ("batch.mask", DType::U32, token_bits),
+            Role::Bias => ("batch.bias", DType::F32, Dim::Times(Symbol::Sequences, config.vocab_size as u64)),
             Role::Finished => {
                 ("batch.finished", DType::U32, Dim::Const(1 + u64::from(FINISHED_STEPS) * MAX_ROWS as u64))
+            }
+            Role::Logprobs => {
+                let row = u64::from(FINISHED_STEPS * LOGPROB_WORDS);
+                ("batch.logprobs", DType::U32, Dim::Const(row * MAX_ROWS as u64))
             }
             Role::Groups => ("batch.groups", DType::U32, Dim::Const(8 * MAX_ROWS as u64)),
             Role::Drafts => ("batch.drafts", DType::U32, Dim::Const(u64::from(DRAFT_WORDS) * MAX_ROWS as u64)),
@@ -246,7 +251,7 @@ impl Lowering<'_, '_> {
             params,
             cost,
             only_for: Vec::new(),
-            drafting: false,
+            when: When::Always,
         });
         Ok(())
     }
@@ -263,6 +268,7 @@ impl Lowering<'_, '_> {
             Op::GateUp { gate, up, norm } => self.gate_up(node, *gate, *up, *norm, out(0)),
             Op::GatherRows => self.gather_rows(node, out(0)),
             Op::Sample => self.sample(node, out(0)),
+            Op::Logprobs => self.logprobs(node),
             Op::Accept => self.accept(node),
             Op::Propose => self.propose(node),
             Op::TopTokens(asked) => self.top_tokens(node, *asked, id),
@@ -429,11 +435,26 @@ impl Lowering<'_, '_> {
             ("rows", self.role(Role::Rows)),
             ("sampling", self.role(Role::Sampling)),
             ("seen", self.role(Role::Seen)),
+            ("mask", self.role(Role::Mask)),
+            ("bias", self.role(Role::Bias)),
             ("sampled", Slot::Value(sampled)),
         ];
         let cost = Cost { token_bytes: 4 * vocab as u64, ..Cost::default() };
         let grid = [Dim::Symbol(Symbol::Rows), ONE, ONE];
         self.emit(node, &select::sample(vocab, self.selector.profile), &slots, grid, [0; 4], cost)
+    }
+
+    fn logprobs(&mut self, node: &Node) -> Result<()> {
+        let vocab = self.len(node.inputs[0]);
+        let slots = [
+            ("logits", Slot::Value(node.inputs[0])),
+            ("sampled", Slot::Value(node.inputs[1])),
+            ("finished", self.role(Role::Finished)),
+            ("logprobs", self.role(Role::Logprobs)),
+        ];
+        let cost = Cost { token_bytes: 8 * vocab as u64 + 4 * u64::from(LOGPROB_WORDS), ..Cost::default() };
+        let grid = [Dim::Symbol(Symbol::Rows), ONE, ONE];
+        self.emit(node, &select::logprobs(vocab, self.selector.profile), &slots, grid, [0; 4], cost)
     }
 
     /// The bindings of both kernels that make the next batch of what was sampled.

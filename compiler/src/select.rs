@@ -1,7 +1,7 @@
 //! Which variant of a kernel serves an operation: a pure function of the operation and the device profile, which can say
 //! why it chose.
 
-use moewe_plan::{FINISHED_STEPS, PAGE_TOKENS, Precision, WeightFormat};
+use moewe_plan::{FINISHED_STEPS, LOGPROB_TOP, PAGE_TOKENS, Precision, WeightFormat};
 use moewe_shaders::{Latent, Reduce, Variant};
 
 use crate::config::{Scoring, TopkMethod};
@@ -215,6 +215,17 @@ pub fn top_tokens(vocab: usize, asked: Asked, profile: &Profile) -> Variant {
         .flag("given", asked == Asked::Given)
         .int("V", vocab)
         .int("TOP", top_count(vocab))
+        .int("WG", wide_workgroup(profile))
+}
+
+/// Log probabilities of sampled and likeliest tokens.
+pub fn logprobs(vocab: usize, profile: &Profile) -> Variant {
+    Variant::new("top_tokens")
+        .flag("ring", true)
+        .int("MAX_ROWS", MAX_ROWS)
+        .int("STEPS", FINISHED_STEPS as usize)
+        .int("V", vocab)
+        .int("TOP", vocab.min(LOGPROB_TOP as usize))
         .int("WG", wide_workgroup(profile))
 }
 

@@ -7,7 +7,7 @@ use std::path::Path;
 use moewe_compiler::checkpoint::Checkpoint;
 use moewe_compiler::compile::{Options, compile};
 use moewe_compiler::profile::Profile;
-use moewe_plan::{Access, Binding, Bundle, Dim, Plan, Program, ProgramKind, Role, Step, Symbol};
+use moewe_plan::{Access, Binding, Bundle, Dim, Plan, Program, ProgramKind, Role, Step, Symbol, When};
 
 /// The plan of v3-tiny with this many modules of multi-token prediction, without weights.
 fn plan(modules: usize) -> Plan {
@@ -29,8 +29,8 @@ fn programs(plan: &Plan, kind: ProgramKind) -> Vec<&Program> {
     plan.programs.iter().filter(|program| program.kind == kind).collect()
 }
 
-fn labels(program: &Program, drafting: bool) -> Vec<&str> {
-    program.steps.iter().filter(|step| step.drafting == drafting).map(|step| step.label.as_str()).collect()
+fn labels(program: &Program, when: When) -> Vec<&str> {
+    program.steps.iter().filter(|step| step.when == when).map(|step| step.label.as_str()).collect()
 }
 
 /// What a step does, without indices that depend on the rest of the plan.
@@ -57,21 +57,38 @@ fn bound(plan: &Plan, step: &Step, access: Access) -> BTreeSet<u32> {
 #[test]
 fn forward_programs_only_keep_hidden_rows_for_drafts() {
     let without = plan(0);
-    assert!(without.programs.iter().flat_map(|program| &program.steps).all(|step| !step.drafting));
+    assert!(without.programs.iter().flat_map(|program| &program.steps).all(|step| step.when != When::Drafting));
     for modules in [1, 2, 9] {
         let plan = plan(modules);
         let pairs = programs(&plan, ProgramKind::Forward).into_iter().zip(programs(&without, ProgramKind::Forward));
         for (program, plain) in pairs {
-            assert_eq!(labels(program, true), ["final_norm"]);
+            assert_eq!(labels(program, When::Drafting), ["final_norm"]);
             let rest: Vec<String> =
-                program.steps.iter().filter(|step| !step.drafting).map(|step| text(&plan, step)).collect();
+                program.steps.iter().filter(|step| step.when != When::Drafting).map(|step| text(&plan, step)).collect();
             assert_eq!(rest, plain.steps.iter().map(|step| text(&without, step)).collect::<Vec<_>>());
             assert_eq!(program.steps.last().map(|step| step.label.as_str()), Some("accept"));
         }
         for program in &plan.programs {
             if matches!(program.kind, ProgramKind::Watch | ProgramKind::Trace) {
-                assert_eq!(labels(program, true), [""; 0]);
-                assert!(labels(program, false).contains(&"final_norm"));
+                assert_eq!(labels(program, When::Drafting), [""; 0]);
+                assert!(labels(program, When::Always).contains(&"final_norm"));
+            }
+        }
+    }
+}
+
+/// Log probabilities are noted behind the sampler, before the next batch is made, and nothing else is there for them.
+#[test]
+fn log_probabilities_are_a_step_of_their_own() {
+    for modules in [0, 1] {
+        let plan = plan(modules);
+        for program in &plan.programs {
+            let samples = matches!(program.kind, ProgramKind::Forward | ProgramKind::Watch);
+            let expected = if samples { vec!["logprobs"] } else { Vec::new() };
+            assert_eq!(labels(program, When::Logprobs), expected, "{:?}", program.kind);
+            if samples {
+                let place = |label: &str| program.steps.iter().position(|step| step.label == label).expect("a step");
+                assert!(place("sample") < place("logprobs") && place("logprobs") < place("accept"));
             }
         }
     }
@@ -91,9 +108,14 @@ fn modules_sample_and_propose() {
                 let name = |part: &str| format!("layers.{layer}.{part}");
                 let (sample, propose) = (name("sample"), name("propose"));
                 let expected = if module <= drafters { vec![sample.as_str(), propose.as_str()] } else { Vec::new() };
-                assert_eq!(labels(draft, true), expected, "module {module} of {modules}");
+                assert_eq!(labels(draft, When::Drafting), expected, "module {module} of {modules}");
                 assert!(draft.steps.iter().rev().zip(expected.iter().rev()).all(|(step, label)| step.label == *label));
-                assert!(draft.steps.iter().all(|step| !step.drafting || step.grid[0] != Dim::Symbol(Symbol::Tokens)));
+                assert!(
+                    draft
+                        .steps
+                        .iter()
+                        .all(|step| step.when != When::Drafting || step.grid[0] != Dim::Symbol(Symbol::Tokens))
+                );
                 // States as they are read and written: (by which step, name).
                 let states = |access| -> BTreeSet<(String, String)> {
                     let of = |step| bound(&plan, step, access).into_iter().map(move |buffer| (step, buffer));
@@ -144,14 +166,14 @@ fn nothing_else_reads_what_drafting_steps_write() {
     let plan = plan(2);
     let mut looked_at = 0;
     for program in &plan.programs {
-        for (index, step) in program.steps.iter().enumerate().filter(|(_, step)| step.drafting) {
+        for (index, step) in program.steps.iter().enumerate().filter(|(_, step)| step.when == When::Drafting) {
             for buffer in bound(&plan, step, Access::ReadWrite) {
                 if plan.buffers[buffer as usize].role != Role::Scratch {
                     continue;
                 }
                 for later in &program.steps[index + 1..] {
                     let reads = bound(&plan, later, Access::Read).contains(&buffer);
-                    assert!(!reads || later.drafting, "{} reads what {} wrote", later.label, step.label);
+                    assert!(!reads || later.when == When::Drafting, "{} reads what {} wrote", later.label, step.label);
                     if bound(&plan, later, Access::ReadWrite).contains(&buffer) {
                         break;
                     }
@@ -177,4 +199,8 @@ fn buffers_of_a_batch_have_their_sizes() {
     assert_eq!(of(Role::Drafts), Dim::Const(64 * 16));
     assert_eq!(of(Role::Holes), Dim::Times(Symbol::Sequences, 2));
     assert_eq!(of(Role::Finished), Dim::Const(1 + 32 * 64));
+    assert_eq!(of(Role::Logprobs), Dim::Const(32 * 64 * 42));
+    // The vocabulary has 320 tokens.
+    assert_eq!(of(Role::Mask), Dim::Times(Symbol::Sequences, 10));
+    assert_eq!(of(Role::Bias), Dim::Times(Symbol::Sequences, 320));
 }

@@ -301,6 +301,7 @@ fn only_fused_operations_remain() {
                         | Op::Linear { .. }
                         | Op::GatherRows
                         | Op::Sample
+                        | Op::Logprobs
                         | Op::Accept
                         | Op::Propose
                         | Op::TopTokens(_)

@@ -8,7 +8,7 @@ use moewe_compiler::compile::{Options, compile};
 use moewe_compiler::profile::Profile;
 use moewe_plan::{
     Access, Binding, Bundle, Dim, ParameterKind, Plan, Precision, Program, ProgramKind, Role, Step, Symbol, TapGroup,
-    TapSpec,
+    TapSpec, When,
 };
 
 fn checkpoint(name: &str) -> PathBuf {
@@ -58,7 +58,8 @@ fn there_is_a_program_to_watch_for_each_forward_program() {
         assert!(draft.iter().all(|&(_, tokens, rows)| tokens == rows && [4, 256].contains(&tokens)), "{draft:?}");
         assert_eq!(programs(&plan, ProgramKind::Trace).len(), 2);
         let tops = plan.kernels.iter().filter(|kernel| kernel.name.starts_with("top_tokens")).count();
-        assert_eq!(tops, if taps == "all" { 3 } else { 0 }, "{taps}");
+        // One for log probabilities is always there.
+        assert_eq!(tops, if taps == "all" { 4 } else { 1 }, "{taps}");
     }
 }
 
@@ -71,9 +72,12 @@ fn without_taps_a_watched_run_is_a_forward_run() {
             assert!(forward.taps.is_empty() && forward.steps.iter().all(|step| step.only_for.is_empty()));
             let always = watch.steps.iter().filter(|step| step.only_for.is_empty());
             let always: Vec<&Step> = always.collect();
-            let kept = forward.steps.iter().filter(|step| step.drafting).map(|step| step.label.as_str());
+            let kept = forward.steps.iter().filter(|step| step.when == When::Drafting).map(|step| step.label.as_str());
             assert_eq!(kept.collect::<Vec<_>>(), if name == MTP { vec!["final_norm"] } else { Vec::new() });
-            assert!(watch.steps.iter().all(|step| !step.drafting), "a watched run leaves out what drafts need");
+            assert!(
+                watch.steps.iter().all(|step| step.when != When::Drafting),
+                "a watched run leaves out what drafts need"
+            );
             for (watched, step) in always.iter().zip(&forward.steps) {
                 assert_eq!(watched.label, step.label);
                 assert_eq!(plain_kernel(&plan, watched), plain_kernel(&plan, step), "{}", step.label);

@@ -22,6 +22,20 @@ pub const REJECTED: u32 = u32::MAX;
 /// Stands in the ring of finished tokens where no logit was a number above −∞, so that nothing could be drawn.
 pub const POISONED: u32 = u32::MAX - 1;
 
+/// Tokens whose log probabilities are told beside that of the token that was drawn ([`crate::Role::Logprobs`]).
+pub const LOGPROB_TOP: u32 = 20;
+
+/// Words of a row in the ring of log probabilities ([`crate::Role::Logprobs`]): that of the drawn token (f32; NaN if there
+/// is none), 0, the ids of the [`LOGPROB_TOP`] likeliest tokens, best first (`u32::MAX` where the vocabulary has no more),
+/// then their log probabilities (f32).
+pub const LOGPROB_WORDS: u32 = 2 + 2 * LOGPROB_TOP;
+
+/// Bit of [`Sampling::constraints`]: only tokens of the sequence's mask ([`crate::Role::Mask`]) may be drawn.
+pub const MASKED: u32 = 1;
+
+/// Bit of [`Sampling::constraints`]: the sequence's bias ([`crate::Role::Bias`]) is added to the logits.
+pub const BIASED: u32 = 2;
+
 /// Uniform `batch` of every kernel that looks at the batch ([`crate::Role::Header`]), 32 bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
@@ -112,8 +126,8 @@ pub struct Sampling {
     pub seed_low: u32,
     /// High half of the seed.
     pub seed_high: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// [`MASKED`] and [`BIASED`]. A session sets these bits itself, whatever callers say here.
+    pub constraints: u32,
 }
 
 impl Default for Sampling {
@@ -127,7 +141,7 @@ impl Default for Sampling {
             top_k: 0,
             seed_low: 0,
             seed_high: 0,
-            reserved: 0,
+            constraints: 0,
         }
     }
 }

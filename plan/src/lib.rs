@@ -16,8 +16,8 @@ mod types;
 mod verify;
 
 pub use batch::{
-    DRAFT_WORDS, FINISHED_STEPS, Group, Header, MAX_DRAFT_MODULES, MAX_DRAFTS, PAGE_TOKENS, POISONED, REJECTED,
-    Sampling, TokenInfo,
+    BIASED, DRAFT_WORDS, FINISHED_STEPS, Group, Header, LOGPROB_TOP, LOGPROB_WORDS, MASKED, MAX_DRAFT_MODULES,
+    MAX_DRAFTS, PAGE_TOKENS, POISONED, REJECTED, Sampling, TokenInfo,
 };
 pub use bundle::{Bundle, Entry, MANIFEST, Manifest, PLAN, Staging, WeightFiles, hash_file};
 pub use dim::{Dim, Symbol, Symbols};
@@ -29,8 +29,8 @@ pub use taps::TapChoice;
 pub use types::{
     Access, Binding, BindingLayout, Buffer, Cost, DType, Kernel, ModelInfo, Parameter, ParameterKind, Plan, Precision,
     Program, ProgramKind, Requirements, Role, Segment, Shard, Step, TOP_TOKENS, TapGroup, TapSpec, Weight, WeightFile,
-    WeightFormat,
+    WeightFormat, When,
 };
 
 /// Version of the bundle format. A bundle of another version is refused; compile it again.
-pub const FORMAT_VERSION: u32 = 3;
+pub const FORMAT_VERSION: u32 = 4;

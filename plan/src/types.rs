@@ -82,7 +82,8 @@ pub struct ModelInfo {
 pub struct Requirements {
     /// Name of the profile that the plan was compiled for.
     pub profile: String,
-    /// No binding of weights is larger than this, in bytes; buffers are sized by the runtime to fit it too.
+    /// No binding of weights is larger than this, in bytes; buffers are sized by the runtime to fit it too, save the ring of
+    /// log probabilities, which has 336 KiB.
     pub max_binding_bytes: u64,
     /// Storage buffers that the largest kernel binds.
     pub storage_buffers: u32,
@@ -221,8 +222,15 @@ pub enum Role {
     Sampling,
     /// A bit for each token id that the sequence has seen `[sequences, ⌈vocab / 32⌉]`.
     Seen,
+    /// A bit for each token id that may be drawn `[sequences, ⌈vocab / 32⌉]`, where [`crate::MASKED`] is set.
+    Mask,
+    /// What is added to logits `[sequences, vocab]`, where [`crate::BIASED`] is set.
+    Bias,
     /// Word 0 counts finished steps; then `[FINISHED_STEPS, rows]` token ids, [`crate::REJECTED`] or [`crate::POISONED`].
     Finished,
+    /// `[FINISHED_STEPS, rows, LOGPROB_WORDS]`: log probabilities of the passes in `Finished` that had them
+    /// ([`crate::LOGPROB_WORDS`]).
+    Logprobs,
     /// [`crate::Group`] for each sequence of the batch.
     Groups,
     /// `[rows, DRAFT_WORDS]`: for each group what was drafted behind it ([`crate::DRAFT_WORDS`]).
@@ -338,8 +346,32 @@ pub struct Step {
     /// The taps (indices into [`Program::taps`]) that it serves, if it serves nothing else: it is left out where none
     /// of them is read. Empty for a step that always runs.
     pub only_for: Vec<u32>,
-    /// Whether it serves drafting alone: it is left out where nothing is drafted.
-    pub drafting: bool,
+    /// In which passes it runs.
+    pub when: When,
+}
+
+/// In which passes a step runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum When {
+    /// In all.
+    #[default]
+    Always,
+    /// It serves drafting alone: it is left out where nothing is drafted.
+    Drafting,
+    /// It writes log probabilities: it is left out where nobody asks for them.
+    Logprobs,
+}
+
+impl When {
+    /// Whether such steps run in a pass behind which something is drafted, or whose log probabilities are wanted.
+    pub fn holds(self, drafting: bool, logprobs: bool) -> bool {
+        match self {
+            When::Always => true,
+            When::Drafting => drafting,
+            When::Logprobs => logprobs,
+        }
+    }
 }
 
 /// How activations and latents are kept.

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::{Component, Path};
 
-use crate::types::{Access, Binding, DType, ParameterKind, Plan, ProgramKind, Role};
+use crate::types::{Access, Binding, DType, ParameterKind, Plan, ProgramKind, Role, When};
 use crate::{Dim, FORMAT_VERSION};
 
 /// No index, size or grid of a sound plan comes near this; larger values would overflow sums.
@@ -155,11 +155,19 @@ fn verify_programs(plan: &Plan) -> Result<(), String> {
             let taps = program.taps.len();
             let stray = step.only_for.iter().find(|&&tap| tap as usize >= taps);
             ensure(stray.is_none(), || format!("{}: only for tap {} of {taps}", at(), stray.unwrap_or(&0)))?;
-            if step.drafting {
-                let drafts = matches!(program.kind, ProgramKind::Forward | ProgramKind::Draft { .. });
-                ensure(drafts, || format!("{}: drafting", at()))?;
-                ensure(step.only_for.is_empty(), || format!("{}: for drafting and for taps", at()))?;
-            }
+            let (fits, purpose) = match step.when {
+                When::Always => (true, ""),
+                When::Drafting => {
+                    (matches!(program.kind, ProgramKind::Forward | ProgramKind::Draft { .. }), "drafting")
+                }
+                When::Logprobs => {
+                    (matches!(program.kind, ProgramKind::Forward | ProgramKind::Watch), "log probabilities")
+                }
+            };
+            ensure(fits, || format!("{}: {purpose}", at()))?;
+            ensure(step.when == When::Always || step.only_for.is_empty(), || {
+                format!("{}: for {purpose} and for taps", at())
+            })?;
             for dim in &step.grid {
                 verify_dim(dim).map_err(|what| format!("{}: grid: {what}", at()))?;
             }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use moewe_plan::{
     Access, Binding, BindingLayout, Buffer, Bundle, Cost, DType, Dim, Entry, Error, FORMAT_VERSION, Kernel, MANIFEST,
     Manifest, ModelInfo, PLAN, Parameter, ParameterKind, Plan, Precision, Program, ProgramKind, Requirements, Role,
-    Segment, Shard, Staging, Step, Symbol, TapGroup, TapSpec, Weight, WeightFile, WeightFormat, hash_file,
+    Segment, Shard, Staging, Step, Symbol, TapGroup, TapSpec, Weight, WeightFile, WeightFormat, When, hash_file,
 };
 use proptest::prelude::*;
 
@@ -110,7 +110,7 @@ fn plan() -> Plan {
                 params: [1, 2, 3, 4],
                 cost: Cost { token_flops: 5, ..Cost::default() },
                 only_for: vec![0],
-                drafting: false,
+                when: When::Always,
             }],
             taps: vec![TapSpec {
                 name: "x".into(),
@@ -265,12 +265,12 @@ fn truncated_and_missing_files_are_named() {
 #[test]
 fn other_versions_are_refused_before_anything_else() {
     let (_dir, path) = bundle();
-    for version in ["0", "1", "2", "4", "4294967296", "18446744073709551615"] {
+    for version in ["0", "1", "2", "3", "5", "4294967296", "18446744073709551615"] {
         fs::write(path.join(MANIFEST), format!("{{\"format_version\": {version}}}")).unwrap();
         assert!(matches!(read(&path), Err(Error::Version { expected: FORMAT_VERSION, .. })), "{version}");
     }
     for text in
-        ["", "{}", "[]", "null", "{\"format_version\": \"1\"}", "{\"format_version\": 3}", "{\"format_version\": -1}"]
+        ["", "{}", "[]", "null", "{\"format_version\": \"1\"}", "{\"format_version\": 4}", "{\"format_version\": -1}"]
     {
         fs::write(path.join(MANIFEST), text).unwrap();
         assert!(matches!(read(&path), Err(Error::Damaged { .. })), "{text}");
@@ -327,7 +327,7 @@ fn a_weight_file_must_be_the_one_of_the_plan() {
 fn plans_that_contradict_themselves_are_refused() {
     type Change = fn(&mut Plan);
     let second = |p: &mut Plan| p.parameters.push(p.parameters[0].clone());
-    let cases: [(&str, Change); 43] = [
+    let cases: [(&str, Change); 45] = [
         ("vocab_size", |p| p.model.vocab_size = 0),
         ("max_context", |p| p.model.max_context = 0),
         ("weight file", |p| p.files[0].bytes = u64::MAX),
@@ -353,10 +353,15 @@ fn plans_that_contradict_themselves_are_refused() {
         ("tap x", |p| p.programs[0].taps[0].layer = Some(2)),
         ("tap x", |p| p.programs[0].taps[0].layer = Some(u32::MAX)),
         ("only for tap 1 of 1", |p| p.programs[0].steps[0].only_for = vec![0, 1]),
-        ("for drafting and for taps", |p| p.programs[0].steps[0].drafting = true),
+        ("for drafting and for taps", |p| p.programs[0].steps[0].when = When::Drafting),
         ("drafting", |p| {
             p.programs[0].kind = ProgramKind::Watch;
-            p.programs[0].steps[0].drafting = true;
+            p.programs[0].steps[0].when = When::Drafting;
+        }),
+        ("log probabilities", |p| p.programs[0].steps[0].when = When::Logprobs),
+        ("for log probabilities and for taps", |p| {
+            p.programs[0].kind = ProgramKind::Watch;
+            p.programs[0].steps[0].when = When::Logprobs;
         }),
         ("the model has 1 modules", |p| p.programs[0].kind = ProgramKind::Draft { module: 2 }),
         ("the model has 1 modules", |p| p.programs[0].kind = ProgramKind::Draft { module: 0 }),

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use moewe_plan::{Binding, DRAFT_WORDS, Dim, FINISHED_STEPS, Plan, Program, ProgramKind, Role, Symbol, Symbols};
+use moewe_plan::{
+    Binding, DRAFT_WORDS, Dim, FINISHED_STEPS, LOGPROB_WORDS, Plan, Program, ProgramKind, Role, Symbol, Symbols,
+};
 use wgpu::BufferUsages;
 
 use crate::memory::Buffer;
@@ -80,10 +82,14 @@ fn used_buffers(programs: &[&Program]) -> BTreeSet<u32> {
 
 fn elements(plan: &Plan, index: usize, programs: &[&Program], capacity: &Symbols) -> u64 {
     let buffer = &plan.buffers[index];
-    // Kernels index the ring of finished tokens by the program's own capacity, even where the other buffers are
-    // cut to fit the device.
-    let rows = if buffer.role == Role::Finished { max_rows(programs) } else { capacity.rows };
+    // Kernels index the rings by the program's own capacity, even where the other buffers are cut to fit the device.
+    let rows = if is_ring(buffer.role) { max_rows(programs) } else { capacity.rows };
     buffer.elements.eval(&Symbols { rows, ..*capacity })
+}
+
+/// Whether a role's buffer holds the results of several runs, with room for the most rows that programs take.
+fn is_ring(role: Role) -> bool {
+    matches!(role, Role::Finished | Role::Logprobs)
 }
 
 fn max_rows(programs: &[&Program]) -> u64 {
@@ -105,8 +111,10 @@ fn least_elements(plan: &Plan, role: Role, programs: &[&Program], capacity: &Sym
         Role::Rows => capacity.rows,
         Role::PageTable => capacity.sequences * pages_for(plan.model.max_context as usize) as u64,
         Role::Sampling => capacity.sequences * 8,
-        Role::Seen => capacity.sequences * u64::from(plan.model.vocab_size.div_ceil(32)),
+        Role::Seen | Role::Mask => capacity.sequences * u64::from(plan.model.vocab_size.div_ceil(32)),
+        Role::Bias => capacity.sequences.saturating_mul(plan.model.vocab_size.into()),
         Role::Finished => 1 + u64::from(FINISHED_STEPS) * max_rows(&sampling),
+        Role::Logprobs => u64::from(FINISHED_STEPS * LOGPROB_WORDS) * max_rows(&sampling),
     }
 }
 
@@ -129,7 +137,7 @@ fn capacities(
     options: &SessionOptions,
 ) -> Result<Symbols> {
     let limit = gpu.buffer_limit(BufferUsages::STORAGE).min(plan.requirements.max_binding_bytes);
-    let sized = || used.iter().map(|&index| &plan.buffers[index as usize]).filter(|b| b.role != Role::Finished);
+    let sized = || used.iter().map(|&index| &plan.buffers[index as usize]).filter(|b| !is_ring(b.role));
     let fit = |symbol: Symbol, wanted: u64, least: u64| {
         let tightest = sized()
             .filter_map(|buffer| Some((largest(&buffer.elements, symbol, limit / 4)?, buffer)))

@@ -72,7 +72,7 @@ impl Session {
             let mut encoder = self.model.gpu().encoder("prefill");
             if kind == ProgramKind::Watch {
                 let rows = self.frame_tokens(&batch.tokens)?;
-                let watched = self.watched(run, rows)?;
+                let watched = self.watched(run, rows, false)?;
                 self.record_watched(&watched, &mut encoder, 0);
             } else {
                 self.record(run, &mut encoder, 1)?;
@@ -131,7 +131,7 @@ impl Session {
         let mut watched = Vec::new();
         if kind == ProgramKind::Watch {
             let rows = self.frame_tokens(&batch.tokens)?;
-            watched.push(self.watched(run, rows)?);
+            watched.push(self.watched(run, rows, false)?);
         }
         if drafts {
             watched.push(self.draft_of_next(&batch)?);
@@ -191,30 +191,27 @@ impl Session {
 
     /// Waits for the device and reads the ring of finished tokens.
     fn ring(&self) -> Result<Vec<u32>> {
-        self.ring_with(&[])
+        Ok(self.ring_with(&[])?.remove(0))
     }
 
-    /// The same with other buffers behind it.
-    fn ring_with(&self, others: &[&Buffer]) -> Result<Vec<u32>> {
+    /// The same, and behind it parts of other buffers (each from a byte, of so many).
+    pub(crate) fn ring_with(&self, others: &[(&Buffer, u64, u64)]) -> Result<Vec<Vec<u32>>> {
         let plan_says = |what: String| Err(Error::Plan { what });
         let Some(buffer) = self.buffers.role(Role::Finished) else {
             return plan_says("its forward programs have no buffer of finished tokens".into());
         };
         let gpu = self.model.gpu();
-        let sources: Vec<_> = [buffer].iter().chain(others).map(|buffer| (*buffer, 0, buffer.bytes())).collect();
-        let ring = gpu.read(gpu.encoder("finished"), &sources)?;
-        if ring[0] != self.finished {
-            return plan_says(format!("its forward programs counted {} steps, {} were run", ring[0], self.finished));
+        let sources = [&[(buffer, 0, buffer.bytes())], others].concat();
+        let mut words = gpu.read(gpu.encoder("finished"), &sources)?;
+        if words[0] != self.finished {
+            return plan_says(format!("its forward programs counted {} steps, {} were run", words[0], self.finished));
         }
-        Ok(ring)
-    }
-
-    /// The ring, and what was drafted behind each group, if anything can be.
-    pub(crate) fn ring_and_drafts(&self) -> Result<(Vec<u32>, Vec<u32>)> {
-        let Some(drafts) = self.buffers.role(Role::Drafts) else { return Ok((self.ring()?, Vec::new())) };
-        let mut ring = self.ring_with(&[drafts])?;
-        let drafts = ring.split_off(ring.len() - (drafts.bytes() / 4) as usize);
-        Ok((ring, drafts))
+        let mut parts = Vec::with_capacity(sources.len());
+        for (_, _, bytes) in sources {
+            let rest = words.split_off((bytes / 4) as usize);
+            parts.push(std::mem::replace(&mut words, rest));
+        }
+        Ok(parts)
     }
 
     fn entry(&self, ring: &[u32], run: u32, stride: usize, row: usize) -> Result<u32> {

@@ -41,7 +41,7 @@ impl Session {
         let rows: Vec<u32> = (0..batch.tokens.len() as u32).collect();
         let run = self.select(DRAFT, batch.tokens.len(), &rows)?;
         let tokens = self.draft_tokens(&batch.tokens, 1)?;
-        self.watched(run, tokens)
+        self.watched(run, tokens, false)
     }
 
     /// Runs the draft behind a run of `batch`, which was submitted. What was sampled for its rows, and follows their
@@ -55,7 +55,7 @@ impl Session {
         let shifted = Batch { tokens, rows: Vec::new() }.with_all_rows();
         let run = self.start(DRAFT, &shifted)?;
         let rows = self.draft_tokens(&shifted.tokens, 0)?;
-        let draft = self.watched(run, rows)?;
+        let draft = self.watched(run, rows, false)?;
         let mut encoder = self.model.gpu().encoder("draft");
         let (Some(finished), Some(target)) = (self.buffers.role(Role::Finished), self.buffers.role(Role::Tokens))
         else {

@@ -246,6 +246,18 @@ pub enum Error {
         /// What it may be.
         expected: &'static str,
     },
+    /// A mask of tokens that cannot be.
+    #[error("the mask of tokens does not fit: {what}")]
+    Mask {
+        /// What was found and what was expected.
+        what: String,
+    },
+    /// A bias of logits that cannot be.
+    #[error("the bias of logits does not fit: {what}")]
+    Bias {
+        /// What was found and what was expected.
+        what: String,
+    },
     /// Values of parameters that do not fit the plan.
     #[error("the parameters do not fit: {what}")]
     Parameters {
@@ -278,6 +290,34 @@ pub enum Error {
         used: u64,
         /// Bytes there are.
         limit: u64,
+    },
+    /// As many requests wait as an engine lets wait.
+    #[error("{waiting} requests wait, at most {limit} may; try again when others are done")]
+    TooManyWaiting {
+        /// Requests that wait.
+        waiting: usize,
+        /// How many may.
+        limit: usize,
+    },
+    /// A request that makes no sense.
+    #[error("the request is wrong: {what}")]
+    Request {
+        /// What was found and what was expected.
+        what: String,
+    },
+    /// What was to constrain a text failed, or allows no token.
+    #[error("the constraint of the text failed: {what}")]
+    Constraint {
+        /// What it said.
+        what: String,
+    },
+    /// Which experts were chosen is not known, since what was read of a pass found no room.
+    #[error(
+        "the chosen experts are not known: frames did not fit the session's {ring_bytes} bytes for them; allow more"
+    )]
+    FramesLost {
+        /// Bytes for frames ([`crate::Watch::ring_bytes`]).
+        ring_bytes: u64,
     },
     /// An engine has ended before the request was done.
     #[error("the engine was stopped before the request was done")]

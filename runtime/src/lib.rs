@@ -9,6 +9,7 @@
 mod buffers;
 mod cache;
 mod check;
+mod constraints;
 mod decode;
 mod device;
 mod drafts;
@@ -40,6 +41,6 @@ pub use pages::Page;
 pub use ring::FrameReceiver;
 pub use sequences::SequenceId;
 pub use session::{Batch, Session, SessionOptions};
-pub use step::{Stepped, Work};
+pub use step::{Stepped, TokenLogprobs, Work};
 pub use taps::{Tap, Words};
 pub use watch::{DECODES_PER_TIMED_RUN, Watch};

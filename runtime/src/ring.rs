@@ -16,7 +16,7 @@ use crate::frame::Layout;
 use crate::memory::Buffer;
 
 /// Smallest buffer, in bytes.
-const LEAST: u64 = 4096;
+pub(crate) const LEAST: u64 = 4096;
 
 /// A frame that is, or will be, in a buffer.
 #[derive(Debug)]
@@ -188,7 +188,7 @@ impl Drop for Ring {
 /// take from the same frames: each frame goes to one of them.
 ///
 /// A receiver need not poll the device; the session's own calls see to it that frames become ready, at the latest
-/// before [`crate::Session::prefill`] or [`crate::Session::decode`] returns. It may be dropped at any time, and may
+/// before [`crate::Session::prefill`], [`crate::Session::decode`] or [`crate::Session::step`] returns. It may be dropped at any time, and may
 /// outlive the session.
 #[derive(Clone, Debug)]
 pub struct FrameReceiver {

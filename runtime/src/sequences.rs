@@ -2,6 +2,7 @@
 
 use moewe_plan::{Role, Sampling};
 
+use crate::constraints::Constraints;
 use crate::pages::{Page, pages_for};
 use crate::{Error, Result, Session};
 
@@ -41,16 +42,30 @@ pub(crate) struct Sequence {
     pub(crate) module_cache: ModuleCache,
     pub(crate) pages: Vec<Page>,
     sampling: Sampling,
-    /// Whether the device has other pages, or other sampling parameters and seen tokens.
-    pages_changed: bool,
-    pub(crate) tokens_changed: bool,
+    pub(crate) constraints: Constraints,
+    pub(crate) changed: Changed,
+}
+
+/// Of what the device has an older state, besides constraints.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Changed {
+    pages: bool,
+    /// Sampling parameters, with the bits of the constraints.
+    pub(crate) sampling: bool,
+    /// Seen tokens and holes.
+    tokens: bool,
+}
+
+impl Changed {
+    const ALL: Self = Self { pages: true, sampling: true, tokens: true };
+    const NOTHING: Self = Self { pages: false, sampling: false, tokens: false };
 }
 
 impl Sequence {
     /// Makes a beginning from elsewhere its own.
     pub(crate) fn begin_with(&mut self, pages: Vec<Page>, tokens: usize, drafted: bool) {
         self.pages = pages;
-        self.pages_changed = true;
+        self.changed.pages = true;
         self.cached = tokens;
         self.drafted = tokens == 0;
         let known = ModuleCache { end: tokens, hole: [0; 2], joint: Some(tokens) };
@@ -67,7 +82,7 @@ impl Sequence {
         let start = joint.take().unwrap_or(*end + 1) as u32;
         let start = if hole[1] > 0 { hole[0].min(start) } else { start };
         *hole = [start, self.cached as u32 + modules];
-        self.tokens_changed = true;
+        self.changed.tokens = true;
     }
 }
 
@@ -86,35 +101,37 @@ pub(crate) struct ModuleCache {
 /// The sequences by slot.
 #[derive(Debug)]
 pub(crate) struct Slots {
-    slots: Vec<Option<Sequence>>,
+    sequences: Vec<Option<Sequence>>,
     generation: u32,
+    /// For each slot whether a bias was written there, of a sequence that may be gone.
+    biased: Vec<bool>,
 }
 
 impl Slots {
     pub(crate) fn new(count: u32) -> Self {
-        Self { slots: (0..count).map(|_| None).collect(), generation: 0 }
+        Self { sequences: (0..count).map(|_| None).collect(), generation: 0, biased: vec![false; count as usize] }
     }
 
     /// Notes that the device has to be told everything again.
     pub(crate) fn all_changed(&mut self) {
-        for sequence in self.slots.iter_mut().flatten() {
-            sequence.pages_changed = true;
-            sequence.tokens_changed = true;
+        for sequence in self.sequences.iter_mut().flatten() {
+            sequence.changed = Changed::ALL;
+            sequence.constraints.all_changed();
         }
     }
 
     pub(crate) fn by_slot(&self, slot: u32) -> Result<SequenceId> {
-        let sequence = self.slots.get(slot as usize).and_then(Option::as_ref);
+        let sequence = self.sequences.get(slot as usize).and_then(Option::as_ref);
         sequence.map(|sequence| sequence.id).ok_or(Error::UnknownSequence { slot })
     }
 
     pub(crate) fn get(&self, id: SequenceId) -> Result<&Sequence> {
-        let sequence = self.slots.get(id.slot as usize).and_then(Option::as_ref);
+        let sequence = self.sequences.get(id.slot as usize).and_then(Option::as_ref);
         sequence.filter(|sequence| sequence.id == id).ok_or(Error::UnknownSequence { slot: id.slot })
     }
 
     pub(crate) fn get_mut(&mut self, id: SequenceId) -> Result<&mut Sequence> {
-        let sequence = self.slots.get_mut(id.slot as usize).and_then(Option::as_mut);
+        let sequence = self.sequences.get_mut(id.slot as usize).and_then(Option::as_mut);
         sequence.filter(|sequence| sequence.id == id).ok_or(Error::UnknownSequence { slot: id.slot })
     }
 }
@@ -124,11 +141,11 @@ impl Session {
     pub fn add_sequence(&mut self, prompt: &[u32], sampling: Sampling) -> Result<SequenceId> {
         check_sampling(&sampling)?;
         self.check_tokens(prompt, 0)?;
-        let free = self.slots.slots.iter().position(Option::is_none);
-        let slot = free.ok_or(Error::OutOfSequences { max_sequences: self.slots.slots.len() as u32 })? as u32;
+        let free = self.slots.sequences.iter().position(Option::is_none);
+        let slot = free.ok_or(Error::OutOfSequences { max_sequences: self.slots.sequences.len() as u32 })? as u32;
         self.slots.generation = self.slots.generation.wrapping_add(1);
         let id = SequenceId { slot, generation: self.slots.generation };
-        self.slots.slots[slot as usize] = Some(Sequence {
+        self.slots.sequences[slot as usize] = Some(Sequence {
             id,
             tokens: prompt.to_vec(),
             cached: 0,
@@ -137,8 +154,8 @@ impl Session {
             module_cache: ModuleCache::default(),
             pages: Vec::new(),
             sampling,
-            pages_changed: true,
-            tokens_changed: true,
+            constraints: Constraints::new(self.slots.biased[slot as usize]),
+            changed: Changed::ALL,
         });
         Ok(id)
     }
@@ -151,14 +168,14 @@ impl Session {
         let sequence = self.slots.get_mut(sequence)?;
         sequence.tokens.extend_from_slice(tokens);
         sequence.drafts.clear();
-        sequence.tokens_changed = true;
+        sequence.changed.tokens = true;
         Ok(())
     }
 
     /// Removes a sequence and frees its pages.
     pub fn remove_sequence(&mut self, sequence: SequenceId) -> Result<()> {
         self.slots.get(sequence)?;
-        if let Some(sequence) = self.slots.slots[sequence.slot as usize].take() {
+        if let Some(sequence) = self.slots.sequences[sequence.slot as usize].take() {
             self.pages.give_back(sequence.pages);
         }
         Ok(())
@@ -181,7 +198,7 @@ impl Session {
             // The last token is run again: only a run samples what follows.
             sequence.cached = sequence.cached.min(length - 1);
             sequence.drafted |= sequence.cached == 0;
-            sequence.tokens_changed = true;
+            sequence.changed.tokens = true;
         }
         Ok(())
     }
@@ -194,7 +211,7 @@ impl Session {
                 let copy = self.copy_of(page)?;
                 let sequence = self.slots.get_mut(id)?;
                 sequence.pages[index] = copy;
-                sequence.pages_changed = true;
+                sequence.changed.pages = true;
                 self.pages.give_back([page]);
             }
         }
@@ -206,7 +223,7 @@ impl Session {
         check_sampling(&sampling)?;
         let sequence = self.slots.get_mut(sequence)?;
         sequence.sampling = sampling;
-        sequence.tokens_changed = true;
+        sequence.changed.sampling = true;
         Ok(())
     }
 
@@ -228,7 +245,7 @@ impl Session {
     /// Allocates pages for several sequences, or none if they do not suffice for all.
     pub(crate) fn ensure_all(&mut self, wanted: &[(SequenceId, usize)]) -> Result<()> {
         let max_context = self.model.plan().model.max_context as usize;
-        let mut lengths = vec![None; self.slots.slots.len()];
+        let mut lengths = vec![None; self.slots.sequences.len()];
         for &(id, tokens) in wanted {
             self.slots.get(id)?;
             if tokens > max_context {
@@ -238,14 +255,14 @@ impl Session {
         }
         let mut sequences: Vec<(&mut Sequence, usize)> = self
             .slots
-            .slots
+            .sequences
             .iter_mut()
             .zip(lengths)
             .filter_map(|(sequence, tokens)| Some((sequence.as_mut()?, pages_for(tokens?))))
             .collect();
         let grown = self.pages.ensure(sequences.iter_mut().map(|(sequence, pages)| (&mut sequence.pages, *pages)))?;
         for ((sequence, _), grown) in sequences.iter_mut().zip(grown) {
-            sequence.pages_changed |= grown;
+            sequence.changed.pages |= grown;
         }
         Ok(())
     }
@@ -258,22 +275,26 @@ impl Session {
         Ok(context.min(pages).saturating_sub(sequence.tokens.len()))
     }
 
-    /// Uploads page table, sampling parameters and seen tokens of the sequences for which they changed.
+    /// Uploads what changed of each sequence: pages, sampling parameters, seen tokens, mask, bias.
     pub(crate) fn upload_sequences(&mut self) {
         let info = &self.model.plan().model;
         let table_width = pages_for(info.max_context as usize);
         let seen_width = info.vocab_size.div_ceil(32) as usize;
-        for slot in 0..self.slots.slots.len() {
-            let Some(sequence) = &self.slots.slots[slot] else { continue };
-            if sequence.pages_changed {
+        for slot in 0..self.slots.sequences.len() {
+            let Some(sequence) = &self.slots.sequences[slot] else { continue };
+            if sequence.changed.pages {
                 self.write(Role::PageTable, slot * table_width, &sequence.pages);
             }
-            if sequence.tokens_changed {
+            if sequence.changed.sampling {
                 let s = &sequence.sampling;
                 let [temperature, top_p, min_p, penalty] =
                     [s.temperature, s.top_p, s.min_p, s.repetition_penalty].map(f32::to_bits);
-                let words = [temperature, top_p, min_p, penalty, s.top_k, s.seed_low, s.seed_high, 0];
+                let constraints = sequence.constraints.bits();
+                let words = [temperature, top_p, min_p, penalty, s.top_k, s.seed_low, s.seed_high, constraints];
                 self.write(Role::Sampling, slot * 8, &words);
+            }
+            self.upload_constraints(slot, &sequence.constraints);
+            if sequence.changed.tokens {
                 self.write(Role::Holes, slot * 2, &sequence.module_cache.hole);
                 if self.buffers.role(Role::Seen).is_some() {
                     let mut seen = vec![0; seen_width];
@@ -283,9 +304,9 @@ impl Session {
                     self.write(Role::Seen, slot * seen_width, &seen);
                 }
             }
-            if let Some(sequence) = &mut self.slots.slots[slot] {
-                sequence.pages_changed = false;
-                sequence.tokens_changed = false;
+            if let Some(sequence) = &mut self.slots.sequences[slot] {
+                sequence.changed = Changed::NOTHING;
+                self.slots.biased[slot] |= sequence.constraints.uploaded();
             }
         }
     }

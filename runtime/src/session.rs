@@ -310,7 +310,7 @@ impl Session {
 
     /// Records a started run, several times over where each feeds the next.
     pub(crate) fn record(&mut self, run: LastRun, encoder: &mut wgpu::CommandEncoder, runs: u32) -> Result<()> {
-        let grids = self.grids(run, &|step| !step.drafting)?;
+        let grids = self.grids(run, &|step| step.when.holds(false, false))?;
         self.prepared(run).record(encoder, &grids, runs);
         self.count(run, runs);
         self.last = Some(run);

@@ -9,7 +9,8 @@
 use std::sync::Arc;
 
 use moewe_plan::{
-    DRAFT_WORDS, Group, Header, MAX_DRAFT_MODULES, MAX_DRAFTS, POISONED, ProgramKind, REJECTED, Role, Step,
+    DRAFT_WORDS, FINISHED_STEPS, Group, Header, LOGPROB_TOP, LOGPROB_WORDS, MAX_DRAFT_MODULES, MAX_DRAFTS, POISONED,
+    ProgramKind, REJECTED, Role, Step,
 };
 
 use crate::decode::{MAX_BURST, distinct, first_word};
@@ -27,23 +28,39 @@ pub struct Work {
     /// no more than this are verified. A sequence that is to draft later
     /// says so while its prompt is run, too: otherwise the modules know nothing of the prompt.
     pub drafts: u32,
+    /// Whether the log probabilities of its tokens are wanted.
+    pub logprobs: bool,
 }
 
 /// What a step brought a sequence.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Stepped {
     /// Passes that were made.
     pub passes: u32,
     /// The tokens that were drawn.
     pub tokens: Vec<u32>,
+    /// The log probabilities of each of them, if they were asked for.
+    pub logprobs: Vec<TokenLogprobs>,
     /// For each pass with drafts to verify: how many there were, and how many of them were accepted.
     pub verified: Vec<(u32, u32)>,
     /// Whether the last draw failed, since no logit was a number. The sequence has ended then.
     pub poisoned: bool,
 }
 
+/// Natural logarithms of probabilities that the logits gave to tokens where one was drawn: softmax over the vocabulary, of
+/// the logits as the model made them, without bias, mask, penalty and temperature. Finite, whatever the logits are.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct TokenLogprobs {
+    /// Of the token that was drawn.
+    pub logprob: f32,
+    /// Of the likeliest tokens, best first, ties to the lowest id: [`LOGPROB_TOP`], or all if there are fewer.
+    pub top: Vec<(u32, f32)>,
+}
+
 /// The batch of a step.
 struct Laid {
+    /// The program that runs it.
+    kind: ProgramKind,
     batch: Batch,
     groups: Vec<Group>,
     /// For each group, whose it is (index into the caller's list).
@@ -54,6 +71,20 @@ struct Laid {
     drafting_rows: usize,
     /// Drafts that are made.
     stages: u32,
+    /// Whether log probabilities are wanted of any sequence.
+    logprobs: bool,
+}
+
+/// What the passes of a step left on the device.
+#[derive(Default)]
+struct Brought {
+    /// The ring of finished tokens, and the words of each of its rows.
+    ring: Vec<u32>,
+    stride: usize,
+    /// What was drafted behind each group.
+    drafts: Vec<u32>,
+    /// For each pass and wanted row the words of its log probabilities, if they were asked for.
+    logprobs: Vec<u32>,
 }
 
 impl Session {
@@ -62,7 +93,10 @@ impl Session {
     /// to make, are passed once; the caller goes on. Returns what happened to each sequence, in the order of `work`.
     ///
     /// A sequence whose draw failed is told apart ([`Stepped::poisoned`]); the others are not concerned. Drafts of a
-    /// sequence are left out where it has no room for them. Nothing of this is watched.
+    /// sequence are left out where it has no room for them.
+    ///
+    /// While taps are read ([`Session::set_watch`]) or parameters changed, each pass is watched and gives a frame, which is
+    /// ready when this returns; nothing is drafted or verified then.
     ///
     /// # Errors
     /// Among others [`Error::OutOfPages`] if the caller did not see to it ([`Session::ensure`]) that there are enough
@@ -73,7 +107,8 @@ impl Session {
             return Err(Error::Batch { what: format!("{steps} steps, 1 to {MAX_BURST} are possible") });
         }
         self.model.gpu().check_stop()?;
-        let drafts = self.drafts_of(work)?;
+        let kind = self.forward_kind();
+        let drafts = self.drafts_of(work, kind)?;
         let mut steps = if self.repeats(work, &drafts)? { steps } else { 1 };
         while let Err(error) = self.reserve(work, &drafts, steps) {
             // Near the end of the context, or of the pages, passes are made one by one.
@@ -82,7 +117,7 @@ impl Session {
             }
             steps = 1;
         }
-        let laid = self.lay(work, &drafts)?;
+        let laid = self.lay(work, &drafts, kind)?;
         let first = self.finished;
         let ran = self.run_step(&laid, steps);
         let stepped = ran.and_then(|main| self.collect_step(work, &laid, &drafts, main, first, steps));
@@ -93,12 +128,15 @@ impl Session {
         stepped
     }
 
-    /// Most tokens, and most wanted rows and sequences, of a step.
+    /// Most tokens, and most wanted rows and sequences, of a step, whether it is watched or not.
     pub(crate) fn step_capacity(&self) -> Result<(usize, usize)> {
-        let (mut tokens, mut rows) = self.capacity(ProgramKind::Forward)?;
-        for module in 1..=self.draft_modules() {
-            let (draft_tokens, draft_rows) = self.capacity(ProgramKind::Draft { module })?;
-            (tokens, rows) = (tokens.min(draft_tokens), rows.min(draft_rows));
+        let (mut tokens, mut rows) = self.capacity(self.forward_kind())?;
+        let mains = [ProgramKind::Forward, ProgramKind::Watch];
+        let mains = mains.into_iter().filter(|kind| self.options.kinds.contains(kind));
+        let modules = (1..=self.draft_modules()).map(|module| ProgramKind::Draft { module });
+        for kind in mains.chain(modules) {
+            let (other_tokens, other_rows) = self.capacity(kind)?;
+            (tokens, rows) = (tokens.min(other_tokens), rows.min(other_rows));
         }
         Ok((tokens, rows))
     }
@@ -110,9 +148,10 @@ impl Session {
         if modules <= MAX_DRAFT_MODULES.min(MAX_DRAFTS) && modules > 0 && (1..=modules).all(has) { modules } else { 0 }
     }
 
-    /// Drafts that each sequence makes: those asked for, or none if there is no room behind its tokens.
-    fn drafts_of(&mut self, work: &[Work]) -> Result<Vec<u32>> {
-        let modules = self.draft_modules();
+    /// Drafts that each sequence makes: those asked for, or none if there is no room behind its tokens, or if this kind of
+    /// program cannot be followed by drafts. Of those to be verified, the ones that cannot be are forgotten.
+    fn drafts_of(&mut self, work: &[Work], kind: ProgramKind) -> Result<Vec<u32>> {
+        let modules = if kind == ProgramKind::Forward { self.draft_modules() } else { 0 };
         let max_context = self.model.plan().model.max_context as usize;
         let mut drafts = Vec::with_capacity(work.len());
         for work in work {
@@ -123,7 +162,8 @@ impl Session {
                 return Err(Error::Pending { slot: work.sequence.slot(), pending, expected });
             }
             let room = max_context.saturating_sub(sequence.cached + work.tokens);
-            sequence.drafts.truncate(room.min(work.drafts as usize));
+            let verified = if kind == ProgramKind::Forward { work.drafts as usize } else { 0 };
+            sequence.drafts.truncate(room.min(verified));
             let wanted = if modules > 0 { work.drafts.min(MAX_DRAFTS) } else { 0 };
             // A module's row stands further than the main model's by the module's number.
             let stages = if wanted > 0 { wanted.max(modules) } else { 0 };
@@ -162,7 +202,7 @@ impl Session {
     }
 
     /// Puts the batch together: sequences that draft first, those of them that draw a token before the others.
-    fn lay(&mut self, work: &[Work], drafts: &[u32]) -> Result<Laid> {
+    fn lay(&mut self, work: &[Work], drafts: &[u32], kind: ProgramKind) -> Result<Laid> {
         let modules = self.draft_modules();
         let mut order = Vec::with_capacity(work.len());
         for (index, work) in work.iter().enumerate() {
@@ -172,6 +212,7 @@ impl Session {
         }
         order.sort_unstable();
         let mut laid = Laid {
+            kind,
             batch: Batch::default(),
             groups: Vec::new(),
             owners: Vec::new(),
@@ -179,6 +220,7 @@ impl Session {
             drafting_tokens: 0,
             drafting_rows: 0,
             stages: 0,
+            logprobs: work.iter().any(|work| work.logprobs),
         };
         for (_, not_drawing, index) in order {
             let (id, count, drafts) = (work[index].sequence, work[index].tokens, drafts[index]);
@@ -224,7 +266,7 @@ impl Session {
 
     /// Submits all passes. Returns the run of the main model.
     fn run_step(&mut self, laid: &Laid, steps: u32) -> Result<LastRun> {
-        let main = self.select(ProgramKind::Forward, laid.batch.tokens.len(), &laid.batch.rows)?;
+        let main = self.select(laid.kind, laid.batch.tokens.len(), &laid.batch.rows)?;
         let groups = laid.groups.len();
         let max_groups = self.stride(main);
         if groups > max_groups {
@@ -255,13 +297,18 @@ impl Session {
         let mut headers = vec![header(0, laid.batch.tokens.len(), laid.batch.rows.len())];
         headers.extend((1..).zip(&drafts).map(|(stage, &(_, tokens))| header(stage, tokens, laid.drafting_rows)));
 
-        let drafting = |step: &Step| step.only_for.is_empty();
-        let plain = |step: &Step| step.only_for.is_empty() && !step.drafting;
-        let main_grids = if stages > 0 { self.grids(main, &drafting)? } else { self.grids(main, &plain)? };
+        let runs = |step: &Step| step.only_for.is_empty() && step.when.holds(stages > 0, laid.logprobs);
+        let main_grids = self.grids(main, &runs)?;
         let mut draft_grids = Vec::with_capacity(drafts.len());
         for &(run, _) in &drafts {
-            draft_grids.push(self.grids(run, &drafting)?);
+            draft_grids.push(self.grids(run, &runs)?);
         }
+        let watched = if laid.kind == ProgramKind::Watch {
+            let rows = self.frame_tokens(&laid.batch.tokens)?;
+            Some(self.watched(main, rows, laid.logprobs)?)
+        } else {
+            None
+        };
         let gpu = Arc::clone(self.model.gpu());
         let written = gpu.scoped(|| {
             self.upload_sequences();
@@ -273,21 +320,26 @@ impl Session {
         written.map_err(|error| gpu.refused("a batch", &error))?;
         let target = self.buffers.role(Role::Header).map(|header| header.raw.clone());
         let target = target.ok_or_else(|| Error::Plan { what: "its forward programs have no header".into() })?;
+        let source = self.headers.raw.clone();
         for pass in 0..steps {
             let mut encoder = gpu.encoder("step");
             let header = |encoder: &mut wgpu::CommandEncoder, stage: usize| {
-                encoder.copy_buffer_to_buffer(&self.headers.raw, stage as u64 * 32, &target, 0, 32);
+                encoder.copy_buffer_to_buffer(&source, stage as u64 * 32, &target, 0, 32);
             };
             if pass > 0 && stages > 0 {
                 header(&mut encoder, 0);
             }
-            self.prepared(main).record(&mut encoder, &main_grids, 1);
+            if let Some(watched) = &watched {
+                self.record_watched(watched, &mut encoder, pass);
+            } else {
+                self.prepared(main).record(&mut encoder, &main_grids, 1);
+                self.count(main, 1);
+                self.last = None;
+            }
             for (index, (&(run, _), grids)) in drafts.iter().zip(&draft_grids).enumerate() {
                 header(&mut encoder, index + 1);
                 self.prepared(run).record(&mut encoder, grids, 1);
             }
-            self.count(main, 1);
-            self.last = None;
             self.submit(encoder)?;
         }
         Ok(main)
@@ -304,17 +356,15 @@ impl Session {
         steps: u32,
     ) -> Result<Vec<Stepped>> {
         let mut stepped = vec![Stepped { passes: steps, ..Stepped::default() }; work.len()];
-        let (ring, drafted) =
-            if laid.batch.rows.is_empty() { (Vec::new(), Vec::new()) } else { self.ring_and_drafts()? };
-        let stride = self.stride(main);
+        let brought = self.brought(laid, self.stride(main), first, steps)?;
         let modules = self.draft_modules() as usize;
         for (index, (group, &owner)) in laid.groups.iter().zip(&laid.owners).enumerate() {
             let id = work[owner].sequence;
             let result = &mut stepped[owner];
             let verified = group.rows.saturating_sub(1);
             for pass in 0..if group.rows > 0 { steps } else { 0 } {
-                let at = first_word(first.wrapping_add(pass), stride) + group.first_row as usize;
-                let row = &ring[at..at + group.rows as usize];
+                let at = first_word(first.wrapping_add(pass), brought.stride) + group.first_row as usize;
+                let row = &brought.ring[at..at + group.rows as usize];
                 let before = result.tokens.len();
                 for &token in row.iter().take_while(|&&token| token != REJECTED) {
                     if token == POISONED {
@@ -329,6 +379,12 @@ impl Session {
                 if result.tokens.len() == before {
                     return Err(Error::Plan { what: "its forward programs drew no token".into() });
                 }
+                if work[owner].logprobs {
+                    let first = pass as usize * laid.batch.rows.len() + group.first_row as usize;
+                    for row in first..first + result.tokens.len() - before {
+                        result.logprobs.push(self.row_logprobs(&brought.logprobs, row)?);
+                    }
+                }
                 if verified > 0 {
                     result.verified.push((verified, (result.tokens.len() - before - 1) as u32));
                 }
@@ -340,7 +396,7 @@ impl Session {
                 // Where a draw failed, the latents of the last token may be no numbers.
                 sequence.cached = sequence.tokens.len() - 1;
                 if drafts[owner] > 0 && !result.poisoned {
-                    let made = &drafted[index * DRAFT_WORDS as usize + 1 + modules..][..drafts[owner] as usize];
+                    let made = &brought.drafts[index * DRAFT_WORDS as usize + 1 + modules..][..drafts[owner] as usize];
                     let vocab_size = self.model.plan().model.vocab_size;
                     // A draft that is none cannot be accepted, but must not be looked up either.
                     sequence.drafts = made.iter().map(|&id| if id < vocab_size { id } else { 0 }).collect();
@@ -358,6 +414,41 @@ impl Session {
             self.model.gpu().wait()?;
         }
         Ok(stepped)
+    }
+
+    /// Waits for the passes and reads what they left. `first` is the number of the first pass.
+    fn brought(&self, laid: &Laid, stride: usize, first: u32, steps: u32) -> Result<Brought> {
+        if laid.batch.rows.is_empty() {
+            return Ok(Brought::default());
+        }
+        let mut sources: Vec<_> =
+            self.buffers.role(Role::Drafts).map(|drafts| (drafts, 0, drafts.bytes())).into_iter().collect();
+        let with_drafts = !sources.is_empty();
+        if laid.logprobs {
+            let Some(logprobs) = self.buffers.role(Role::Logprobs) else {
+                return Err(Error::Plan { what: "its forward programs have no buffer of log probabilities".into() });
+            };
+            let row = u64::from(LOGPROB_WORDS) * 4;
+            for pass in 0..steps {
+                let entry = u64::from(first.wrapping_add(pass) % FINISHED_STEPS);
+                sources.push((logprobs, entry * stride as u64 * row, laid.batch.rows.len() as u64 * row));
+            }
+        }
+        let mut parts = self.ring_with(&sources)?.into_iter();
+        let mut part = || parts.next().unwrap_or_default();
+        let (ring, drafts) = (part(), if with_drafts { part() } else { Vec::new() });
+        Ok(Brought { ring, stride, drafts, logprobs: parts.flatten().collect() })
+    }
+
+    /// The log probabilities in a row of what was read.
+    fn row_logprobs(&self, words: &[u32], row: usize) -> Result<TokenLogprobs> {
+        let words = &words[row * LOGPROB_WORDS as usize..][..LOGPROB_WORDS as usize];
+        let (ids, numbers) = words[2..].split_at(LOGPROB_TOP as usize);
+        let mut top = Vec::with_capacity(ids.len());
+        for (&id, &number) in ids.iter().zip(numbers).take_while(|(id, _)| **id != u32::MAX) {
+            top.push((self.check_token(id)?, f32::from_bits(number)));
+        }
+        Ok(TokenLogprobs { logprob: f32::from_bits(words[0]), top })
     }
 
     /// Clears the rows of modules for which there is nothing to compute them from.

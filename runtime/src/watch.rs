@@ -171,8 +171,8 @@ impl Session {
         Ok(())
     }
 
-    /// The frames that are ready, in the order of their numbers. It does not wait; after [`Session::prefill`] and
-    /// [`Session::decode`] all frames of their runs are ready.
+    /// The frames that are ready, in the order of their numbers. It does not wait; after [`Session::prefill`],
+    /// [`Session::decode`] and [`Session::step`] all frames of their runs are ready.
     ///
     /// Each row of a frame is a token that was run, at a position of a sequence. A burst runs on behind the token that
     /// ends a text, and what it draws there is taken back ([`Session::rewind`], which [`crate::generate()`] calls at its end)
@@ -239,8 +239,13 @@ impl Session {
         batch.iter().map(token).collect()
     }
 
-    /// A selected run with what is read of it now; `tokens` are its rows.
-    pub(crate) fn watched(&mut self, run: LastRun, tokens: Vec<Option<FrameToken>>) -> Result<WatchedRun> {
+    /// A selected run with what is read of it now; `tokens` are its rows. Drafts cannot follow it.
+    pub(crate) fn watched(
+        &mut self,
+        run: LastRun,
+        tokens: Vec<Option<FrameToken>>,
+        logprobs: bool,
+    ) -> Result<WatchedRun> {
         let model = Arc::clone(&self.model);
         let program = &model.plan().programs[run.program];
         let taps: Vec<bool> = match &self.watching {
@@ -248,7 +253,7 @@ impl Session {
             None => vec![false; program.taps.len()],
         };
         let serves = |step: &Step| step.only_for.is_empty() || step.only_for.iter().any(|&tap| taps[tap as usize]);
-        let grids = self.grids(run, &|step| serves(step) && !step.drafting)?;
+        let grids = self.grids(run, &|step| serves(step) && step.when.holds(false, logprobs))?;
         let whole = program.steps.iter().all(serves);
         let timed = self.timed(run, &grids)?;
         let mut wanted = Vec::new();

@@ -77,9 +77,9 @@ fn damaged_bundles_are_refused() {
     }
     let error = damage("manifest.json", &|bytes| {
         let text = String::from_utf8(bytes.clone()).unwrap();
-        *bytes = text.replace("\"format_version\": 3", "\"format_version\": 7").into_bytes();
+        *bytes = text.replace("\"format_version\": 4", "\"format_version\": 7").into_bytes();
     });
-    assert!(error.contains("bundle format 7, this moewe reads format 3"), "{error}");
+    assert!(error.contains("bundle format 7, this moewe reads format 4"), "{error}");
     let error = open_and_load(Path::new("/no/such/bundle")).unwrap_err().to_string();
     assert!(error.contains("/no/such/bundle") && error.contains("moewe compile"), "{error}");
 }

@@ -48,7 +48,7 @@ pub const SKELETONS: &[Skeleton] = &[
     skeleton!("rms_norm", [], []),
     skeleton!("router", ["bias", "edit", "groups", "normalise", "softmax", "top2"], []),
     skeleton!("sample", [], []),
-    skeleton!("top_tokens", ["given", "next"], []),
+    skeleton!("top_tokens", ["given", "next", "ring"], []),
 ];
 
 /// The kernel of this name.

@@ -75,7 +75,7 @@ fn every_variant_links_and_validates() {
                 continue;
             }
             // One token is asked for, or none.
-            if has("next") && has("given") {
+            if ["next", "given", "ring"].into_iter().filter(|flag| has(flag)).count() > 1 {
                 continue;
             }
             for variant in plugs(&variant, skeleton.weight, skeleton.latent, skeleton.reduce) {
@@ -128,6 +128,7 @@ fn snapshots() {
     let edited = router.flag("edit", true);
     insta::assert_snapshot!("router_v3_edit", link(&edited).unwrap().wgsl);
     insta::assert_snapshot!("top_tokens_next", link(&with_shapes("top_tokens").flag("next", true)).unwrap().wgsl);
+    insta::assert_snapshot!("top_tokens_ring", link(&with_shapes("top_tokens").flag("ring", true)).unwrap().wgsl);
     let attention = with_shapes("latent_attention").latent(Latent::F16);
     insta::assert_snapshot!("latent_attention_f16", link(&attention).unwrap().wgsl);
     let holes = attention.flag("holes", true);

@@ -146,9 +146,10 @@ fn serve(
                     index += 1;
                     continue;
                 }
+                Some(Event::Began { .. }) => {}
                 Some(Event::Tokens(more)) => {
-                    counts.new_tokens += more.len();
-                    one.tokens.extend(more);
+                    counts.new_tokens += more.ids.len();
+                    one.tokens.extend(more.ids);
                 }
                 Some(Event::Finished(finished)) => {
                     let Running { request, tokens, .. } = running.swap_remove(index);

@@ -1,6 +1,6 @@
 //! `moewe explain`.
 
-use moewe_plan::{Bundle, Kernel, Plan, Program, ProgramKind, Step, Symbols};
+use moewe_plan::{Bundle, Kernel, Plan, Program, ProgramKind, Step, Symbols, When};
 use serde_json::{Value, json};
 
 use super::args::ExplainArgs;
@@ -68,19 +68,24 @@ fn kind_name(kind: ProgramKind) -> String {
 /// Steps that run whatever is watched, and without drafting. A draft program does nothing but draft.
 fn plain(program: &Program) -> impl Iterator<Item = &Step> {
     let drafts = matches!(program.kind, ProgramKind::Draft { .. });
-    program.steps.iter().filter(move |step| step.only_for.is_empty() && (drafts || !step.drafting))
+    program.steps.iter().filter(move |step| step.only_for.is_empty() && step.when.holds(drafts, false))
 }
 
 /// Steps that drafting adds to a program.
 fn drafting(program: &Program) -> usize {
-    let always = program.steps.iter().filter(|step| step.only_for.is_empty()).count();
+    let always = program.steps.iter().filter(|step| step.only_for.is_empty() && step.when.holds(true, false)).count();
     always - plain(program).count()
 }
 
-/// What taps and drafting add to them, in words.
+/// What taps, drafting and log probabilities add to them, in words.
 fn more(program: &Program) -> String {
     let taps = program.steps.iter().filter(|step| !step.only_for.is_empty()).count();
-    let parts = [(drafting(program), "", "for drafting"), (taps, "up to ", "for taps")];
+    let logprobs = program.steps.iter().filter(|step| step.when == When::Logprobs).count();
+    let parts = [
+        (drafting(program), "", "for drafting"),
+        (taps, "up to ", "for taps"),
+        (logprobs, "", "for log probabilities"),
+    ];
     let mut text = String::new();
     for (more, up_to, what) in parts.into_iter().filter(|(more, ..)| *more > 0) {
         text += &format!(", {up_to}{more} more {what}");

@@ -2,7 +2,7 @@
 
 use std::ops::ControlFlow;
 
-use moewe::text::{GenerationDefaults, Text};
+use moewe::text::Text;
 use moewe_plan::Sampling;
 use moewe_runtime::engine::{Finished, Mtp};
 use moewe_runtime::{GenerateOptions, Generated, StopReason};
@@ -18,18 +18,16 @@ const DEFAULT_NEW_TOKENS: u32 = 256;
 /// The options of generation: what the user said, else what the model recommends, else greedy.
 pub fn options(args: &SamplingArgs, model: &ModelArgs, opened: &Opened) -> anyhow::Result<GenerateOptions> {
     let defaults = &opened.defaults;
-    // A checkpoint that recommends no sampling is run greedily, whatever else its file says.
-    let recommended = if defaults.do_sample == Some(true) { defaults.clone() } else { GenerationDefaults::default() };
-    let temperature = recommended.temperature.or(recommended.do_sample.map(|_| 1.0));
+    let recommended = defaults.sampling();
     let sampling = Sampling {
-        temperature: args.temperature.or(temperature).unwrap_or(0.0),
-        top_p: args.top_p.or(recommended.top_p).unwrap_or(1.0),
-        min_p: args.min_p.or(recommended.min_p).unwrap_or(0.0),
-        repetition_penalty: args.repetition_penalty.or(defaults.repetition_penalty).unwrap_or(1.0),
-        top_k: args.top_k.or(recommended.top_k).unwrap_or(0),
+        temperature: args.temperature.unwrap_or(recommended.temperature),
+        top_p: args.top_p.unwrap_or(recommended.top_p),
+        min_p: args.min_p.unwrap_or(recommended.min_p),
+        repetition_penalty: args.repetition_penalty.unwrap_or(recommended.repetition_penalty),
+        top_k: args.top_k.unwrap_or(recommended.top_k),
         seed_low: args.seed as u32,
         seed_high: (args.seed >> 32) as u32,
-        reserved: 0,
+        ..recommended
     };
     if let Some((field, value, expected)) = wrong(&sampling) {
         return usage(format!("--{} is {value}, expected {expected}", field.replace('_', "-")));

@@ -124,6 +124,7 @@ impl Served {
             stop_tokens: options.stop_tokens.clone(),
             ignore_eos: options.ignore_eos,
             priority,
+            ..Request::default()
         })
     }
 
@@ -139,14 +140,14 @@ impl Served {
             let mut stop = interrupt::is_set();
             match stream.recv_timeout(LOOK) {
                 Some(Event::Tokens(more)) => {
-                    for token in more {
+                    for token in more.ids {
                         stop |= on_token(token).is_break();
                         tokens.push(token);
                     }
                 }
                 Some(Event::Finished(finished)) => return Ok(Outcome::of_request(tokens, *finished)),
                 Some(Event::Failed(error)) => return Err(error.into()),
-                None => {}
+                Some(Event::Began { .. }) | None => {}
             }
             if stop && !cancelled {
                 self.engine.cancel(stream.id());

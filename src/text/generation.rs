@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use moewe_plan::Sampling;
 use serde_json::Value;
 
 use super::TextError;
@@ -34,6 +35,22 @@ pub struct GenerationDefaults {
 }
 
 impl GenerationDefaults {
+    /// How tokens are drawn where nobody says otherwise. A model that recommends no sampling is run greedily, whatever else
+    /// its file says.
+    pub fn sampling(&self) -> Sampling {
+        let nothing = Self::default();
+        let recommended = if self.do_sample == Some(true) { self } else { &nothing };
+        let temperature = recommended.temperature.or(recommended.do_sample.map(|_| 1.0));
+        Sampling {
+            temperature: temperature.unwrap_or(0.0),
+            top_p: recommended.top_p.unwrap_or(1.0),
+            min_p: recommended.min_p.unwrap_or(0.0),
+            repetition_penalty: self.repetition_penalty.unwrap_or(1.0),
+            top_k: recommended.top_k.unwrap_or(0),
+            ..Sampling::default()
+        }
+    }
+
     /// Reads `generation_config.json` of a model directory; all fields are `None` if there is no such file.
     pub fn load(dir: &Path) -> Result<Self, TextError> {
         let Some(json) = JsonFile::load(&dir.join("generation_config.json"), LIMIT)? else {

@@ -1,29 +1,69 @@
 //! `sample`.
 
-use moewe_oracle::sampling::{SamplingParams, candidates, distribution, draw};
-use moewe_plan::{POISONED, Sampling};
+use moewe_oracle::sampling::{SamplingParams, candidates, constrain, distribution, draw};
+use moewe_plan::{BIASED, MASKED, POISONED, Sampling};
 use moewe_shaders::Variant;
 
 use super::data::{Rng, f64s};
 use super::harness::Call;
 
 /// What a dispatch samples for.
-struct Sample<'a> {
-    vocab: usize,
-    workgroup: usize,
+pub struct Sample<'a> {
+    pub vocab: usize,
+    pub workgroup: usize,
     /// [R, V]
-    logits: &'a [f32],
+    pub logits: &'a [f32],
     /// For each row: position and sequence.
-    rows: Vec<(u32, u32)>,
+    pub rows: Vec<(u32, u32)>,
     /// For each sequence.
-    sampling: Vec<Sampling>,
+    pub sampling: Vec<Sampling>,
     /// For each sequence.
-    seen: Vec<Vec<usize>>,
+    pub seen: Vec<Vec<usize>>,
+    /// For each sequence; those behind the last have none.
+    pub limits: Vec<Limits>,
+}
+
+/// Mask and bias of a sequence.
+#[derive(Clone, Debug, Default)]
+pub struct Limits {
+    /// The tokens that may be drawn.
+    pub mask: Option<Vec<usize>>,
+    /// What is added to which token's logit.
+    pub bias: Vec<(usize, f32)>,
+}
+
+impl Limits {
+    /// Logits as the oracle limits them.
+    pub fn apply(&self, logits: &[f32]) -> Vec<f64> {
+        let bias: Vec<(usize, f64)> = self.bias.iter().map(|&(token, bias)| (token, bias.into())).collect();
+        constrain(&f64s(logits), self.mask.as_deref(), &bias)
+    }
+
+    /// As the kernel is told: bits of constraints, mask, bias. What does not count is such that it would be noticed.
+    fn words(&self, vocab: usize) -> (u32, Vec<u32>, Vec<f32>) {
+        let (mut mask, mut bias, mut bits) = (vec![0u32; vocab.div_ceil(32)], vec![f32::NAN; vocab], 0);
+        for token in self.mask.iter().flatten() {
+            mask[token / 32] |= 1 << (token % 32);
+        }
+        if self.mask.is_some() {
+            bits |= MASKED;
+            // Bits behind the vocabulary are of no token.
+            if !vocab.is_multiple_of(32) {
+                mask[vocab / 32] |= u32::MAX << (vocab % 32);
+            }
+        }
+        if !self.bias.is_empty() {
+            bits |= BIASED;
+            bias.fill(0.0);
+            self.bias.iter().for_each(|&(token, number)| bias[token] = number);
+        }
+        (bits, mask, bias)
+    }
 }
 
 impl Sample<'_> {
     /// Sampled tokens, or [`NOTHING`].
-    fn run(&self) -> Vec<usize> {
+    pub fn run(&self) -> Vec<usize> {
         // Rows stand behind a token that nobody asks about, in reverse. Their tokens are none of the vocabulary.
         let places = [(77, u32::MAX)].into_iter().chain(self.rows.iter().rev().copied());
         let tokens: Vec<[u32; 4]> = places.map(|(position, sequence)| [u32::MAX, position, sequence, 0]).collect();
@@ -36,10 +76,18 @@ impl Sample<'_> {
         let (vocab, count) = (self.vocab, rows.len());
         assert_eq!(self.logits.len(), count * vocab);
         let variant = Variant::new("sample").int("V", vocab).int("WG", self.workgroup);
-        let sampling = self.sampling.iter().flat_map(|s| {
-            let floats = [s.temperature, s.top_p, s.min_p, s.repetition_penalty].map(f32::to_bits);
-            floats.into_iter().chain([s.top_k, s.seed_low, s.seed_high, 0])
-        });
+        let limits = |sequence: usize| self.limits.get(sequence).cloned().unwrap_or_default().words(vocab);
+        let (mut mask, mut bias) = (Vec::new(), Vec::new());
+        let sampling: Vec<u32> = (0..)
+            .zip(&self.sampling)
+            .flat_map(|(sequence, s)| {
+                let (constraints, its_mask, its_bias) = limits(sequence);
+                mask.extend(its_mask);
+                bias.extend(its_bias);
+                let floats = [s.temperature, s.top_p, s.min_p, s.repetition_penalty].map(f32::to_bits);
+                floats.into_iter().chain([s.top_k, s.seed_low, s.seed_high, constraints])
+            })
+            .collect();
         let words = vocab.div_ceil(32);
         let mut seen = vec![0u32; self.sampling.len() * words];
         for (sequence, tokens) in self.seen.iter().enumerate() {
@@ -51,8 +99,10 @@ impl Sample<'_> {
             .floats("logits", self.logits)
             .words("tokens", tokens)
             .words("rows", rows)
-            .words("sampling", &sampling.collect::<Vec<_>>())
+            .words("sampling", &sampling)
             .words("seen", &seen)
+            .words("mask", &mask)
+            .floats("bias", &bias)
             .output("sampled", count)
             .run([count, 1, 1]);
         let sampled: Vec<usize> = outputs.words("sampled").iter().map(|&token| token as usize).collect();
@@ -65,16 +115,16 @@ impl Sample<'_> {
 }
 
 /// What is sampled where nothing can be.
-const NOTHING: usize = POISONED as usize;
+pub const NOTHING: usize = POISONED as usize;
 
 /// One row for each setting, each with a sequence of its own.
 fn sample_each(vocab: usize, workgroup: usize, logits: &[f32], sampling: Vec<Sampling>) -> Vec<usize> {
     let rows = (0..sampling.len() as u32).map(|sequence| (3, sequence)).collect();
     let seen = vec![Vec::new(); sampling.len()];
-    Sample { vocab, workgroup, logits, rows, sampling, seen }.run()
+    Sample { vocab, workgroup, logits, rows, sampling, seen, limits: Vec::new() }.run()
 }
 
-const FREE: Sampling = Sampling {
+pub const FREE: Sampling = Sampling {
     temperature: 1.0,
     top_p: 1.0,
     min_p: 0.0,
@@ -82,10 +132,10 @@ const FREE: Sampling = Sampling {
     top_k: 0,
     seed_low: 1,
     seed_high: 2,
-    reserved: 0,
+    constraints: 0,
 };
 
-fn params(sampling: &Sampling) -> SamplingParams {
+pub fn params(sampling: &Sampling) -> SamplingParams {
     SamplingParams {
         temperature: sampling.temperature.into(),
         top_k: sampling.top_k as usize,
@@ -134,7 +184,8 @@ fn seen_tokens_are_penalised() {
     let rows = vec![(0, 0), (5, 1), (6, 2), (7, 3), (8, 4)];
     let mut sampling = vec![penalty; 5];
     sampling[4].repetition_penalty = 0.25; // a reward
-    let case = Sample { vocab: 5, workgroup: 8, logits: &logits, rows, sampling, seen: seen.clone() };
+    let case =
+        Sample { vocab: 5, workgroup: 8, logits: &logits, rows, sampling, seen: seen.clone(), limits: Vec::new() };
     let tokens = case.run();
     let want: Vec<usize> =
         (0..5).map(|i| candidates(&f64s(&logits[..5]), &seen[i], &params(&case.sampling[i]))[0].token).collect();
@@ -158,8 +209,15 @@ fn tokens_before_a_row_are_penalised() {
     for (penalty, workgroup) in [(2.0, 8), (2.0, 64), (1.0, 64)] {
         let how = Sampling { repetition_penalty: penalty, ..how };
         let logits = logits.repeat(18);
-        let case =
-            Sample { vocab, workgroup, logits: &logits, rows: Vec::new(), sampling: vec![how; 2], seen: seen.clone() };
+        let case = Sample {
+            vocab,
+            workgroup,
+            logits: &logits,
+            rows: Vec::new(),
+            sampling: vec![how; 2],
+            seen: seen.clone(),
+            limits: Vec::new(),
+        };
         let found = case.run_batch(&tokens, &rows);
         for (&row, token) in rows.iter().zip(found) {
             let row = row as usize;
@@ -174,8 +232,22 @@ fn tokens_before_a_row_are_penalised() {
 /// Draws many tokens of one distribution and compares with the oracle's: only candidates come out, about as often as
 /// they should. Seeds and positions are fixed, so the outcome is, too.
 fn check_distribution(what: &str, logits: &[f32], workgroup: usize, draws: usize, how: Sampling, seen: &[usize]) {
+    check_limited(what, logits, workgroup, draws, how, seen, &Limits::default());
+}
+
+/// The same for a sequence with mask and bias.
+pub fn check_limited(
+    what: &str,
+    logits: &[f32],
+    workgroup: usize,
+    draws: usize,
+    how: Sampling,
+    seen: &[usize],
+    limits: &Limits,
+) {
     let (vocab, rows) = (logits.len(), 1000);
-    let want = candidates(&f64s(logits), seen, &params(&how));
+    let mut want = candidates(&limits.apply(logits), seen, &params(&how));
+    want.retain(|candidate| candidate.probability > 0.0);
     let mut counts = vec![0usize; vocab];
     let repeated = logits.repeat(rows);
     for block in 0..draws / rows {
@@ -190,6 +262,7 @@ fn check_distribution(what: &str, logits: &[f32], workgroup: usize, draws: usize
             rows: (0..rows).map(place).collect(),
             sampling: (0..rows).map(seed).collect(),
             seen: vec![seen.to_vec(); rows],
+            limits: vec![limits.clone(); rows],
         };
         for (row, token) in case.run().into_iter().enumerate() {
             counts[token] += 1;
@@ -292,7 +365,16 @@ fn the_draw_depends_on_seed_and_position_only() {
     let run = |seed: u32, first: u32, workgroup| {
         let rows = (0..40).map(|row| (first + row, row)).collect();
         let sampling = vec![Sampling { seed_low: seed, ..FREE }; 40];
-        Sample { vocab: 50, workgroup, logits: &repeated, rows, sampling, seen: vec![Vec::new(); 40] }.run()
+        Sample {
+            vocab: 50,
+            workgroup,
+            logits: &repeated,
+            rows,
+            sampling,
+            seen: vec![Vec::new(); 40],
+            limits: Vec::new(),
+        }
+        .run()
     };
     let base = run(11, 100, 8);
     assert_eq!(run(11, 100, 8), base, "not deterministic");
@@ -316,6 +398,7 @@ fn draws(logits: &[f32], how: Sampling, places: &[(u64, u32)]) -> Vec<usize> {
             rows: (0..).zip(places).map(|(sequence, place)| (place.1, sequence)).collect(),
             sampling: places.iter().map(seeded).collect(),
             seen: vec![Vec::new(); places.len()],
+            limits: Vec::new(),
         };
         case.run()
     };

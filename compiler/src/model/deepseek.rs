@@ -141,12 +141,15 @@ impl Decoder<'_> {
         states
     }
 
-    /// For each wanted row the logits from its last hidden state, and the token that is sampled from them.
+    /// For each wanted row the logits from its last hidden state, and the token that is sampled from them, whose log
+    /// probability is noted.
     fn sample(&mut self, hidden: Value) -> (Value, Value) {
         let rows = self.builder.push(Op::GatherRows, &[hidden], "wanted_rows");
         let normed = self.norm(rows, FINAL_NORM, self.config.rms_norm_eps, "final_norm");
         let logits = self.linear(normed, self.main_head(), self.config.vocab_size, false, "head");
-        (logits, self.builder.push(Op::Sample, &[logits], "sample"))
+        let token = self.builder.push(Op::Sample, &[logits], "sample");
+        self.builder.push(Op::Logprobs, &[logits, token], "logprobs");
+        (logits, token)
     }
 
     /// The final norm of the last hidden state of every token, kept for modules of multi-token prediction if there are

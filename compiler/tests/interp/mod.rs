@@ -116,6 +116,7 @@ impl Step<'_, '_, '_> {
             return self.router(rule, *bias);
         }
         match self.node.op.clone() {
+            Op::Logprobs => Vec::new(),
             Op::Accept | Op::Propose => {
                 let tokens = self.inputs[0].iter().map(|&t| t as u32);
                 self.session.finished.extend(tokens);

@@ -2,18 +2,22 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, mpsc};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use moewe_plan::FORMAT_VERSION;
+use moewe_plan::{FORMAT_VERSION, ProgramKind, TapChoice};
 
 use super::cache::PrefixCache;
+use super::constraint::Steering;
 use super::disk::{Disk, DiskOptions};
 use super::drafting::{Costs, Drafting, Mtp};
+use super::experts::{Experts, Routing};
 use super::pool::{self, PagePool};
-use super::request::{Event, Finished, Request};
-use super::scheduler::{Item, Limits, Plan, Reason, Scheduler};
-use super::{Command, EngineOptions, Shared, Stats, host_bytes, lock};
-use crate::{Error, Result, SequenceId, Session, Stepped, StopReason, Work};
+use super::request::{Event, Request, Sink};
+use super::scheduler::{Item, Limits, Plan, Scheduler};
+use super::watchers::{Watchers, union};
+use super::{Command, EngineOptions, Shared, Stats, lock};
+use crate::ring::LEAST;
+use crate::{Error, Result, SequenceId, Session, StopReason, Work};
 
 /// Most passes between two looks at what is new.
 const MAX_BURST: usize = 8;
@@ -27,26 +31,59 @@ const WRITES_PER_TICK: usize = 2;
 /// A request that is not done.
 #[derive(Debug)]
 pub(super) struct Live {
+    pub(super) id: u64,
+    /// Without its constraint, which is in `steering`.
     pub(super) request: Request,
-    events: mpsc::Sender<Event>,
+    /// Bytes that it is counted as.
+    pub(super) bytes: u64,
+    /// Where its events go, as long as anybody wants them.
+    pub(super) sink: Option<Sink>,
     /// Prompt and what was drawn.
     pub(super) tokens: Vec<u32>,
     /// While it is admitted.
     pub(super) sequence: Option<SequenceId>,
-    drafting: Drafting,
+    pub(super) steering: Steering,
+    /// If they are to be told.
+    pub(super) experts: Option<Experts>,
+    /// Positions that watchers have seen.
+    pub(super) seen: usize,
+    /// As how many-th request it began, if it did.
+    pub(super) begun: Option<u64>,
+    pub(super) drafting: Drafting,
     /// Drafts that it is to have behind its newest token.
     pub(super) drafts: usize,
     /// Tokens of the prompt that were there when it was admitted first.
     pub(super) cached_tokens: usize,
     pub(super) preemptions: u32,
-    submitted: Instant,
+    pub(super) submitted: Instant,
     pub(super) admitted: Option<Instant>,
     pub(super) first_token: Option<Instant>,
 }
 
 impl Live {
-    fn new_tokens(&self) -> usize {
+    pub(super) fn new_tokens(&self) -> usize {
         self.tokens.len() - self.request.prompt.len()
+    }
+
+    /// How watchers call it.
+    pub(super) fn number(&self) -> u32 {
+        self.id as u32
+    }
+
+    /// Tells whoever asked. `false` if nobody listens any more.
+    pub(super) fn tell(&mut self, event: Event) -> bool {
+        let heard = self.sink.as_mut().is_some_and(|sink| sink.tell(event));
+        if !heard {
+            self.sink = None;
+        }
+        heard
+    }
+
+    /// How many of its first tokens may come from the prefix cache.
+    pub(super) fn cacheable(&self) -> usize {
+        // What is to be told of a token is only known if it was run.
+        let told = self.experts.as_ref().map_or(usize::MAX, |experts| experts.known().saturating_add(1));
+        told.min(self.tokens.len())
     }
 
     /// Whether the item runs the token that was drawn last, not a part of a prompt.
@@ -58,18 +95,26 @@ impl Live {
 /// What the thread owns.
 #[derive(Debug)]
 pub(super) struct Core {
-    session: Session,
-    cache: PrefixCache,
-    scheduler: Scheduler,
-    live: HashMap<u64, Live>,
-    costs: Costs,
+    pub(super) session: Session,
+    pub(super) cache: PrefixCache,
+    pub(super) scheduler: Scheduler,
+    pub(super) live: HashMap<u64, Live>,
+    pub(super) costs: Costs,
     mtp: Mtp,
     prefill_chunk: usize,
-    eos: Vec<u32>,
-    shared: Arc<Shared>,
-    stats: Stats,
+    pub(super) eos: Vec<u32>,
+    pub(super) routing: Routing,
+    pub(super) watchers: Watchers,
+    /// The taps that are read now.
+    taps: TapChoice,
+    /// Tokens of passes for whose frames there is room.
+    frame_tokens: usize,
+    /// Frames that the session has dropped so far.
+    pub(super) dropped: u64,
+    pub(super) shared: Arc<Shared>,
+    pub(super) stats: Stats,
     /// Why nothing can run any more.
-    broken: Option<Arc<Error>>,
+    pub(super) broken: Option<Arc<Error>>,
 }
 
 impl Core {
@@ -97,11 +142,19 @@ impl Core {
             mtp: if modules > 0 { options.mtp } else { Mtp::Off },
             prefill_chunk: options.prefill_chunk.unwrap_or(usize::MAX).max(1),
             eos: session.model().plan().model.eos_token_ids.clone(),
+            routing: Routing::of(session.model().plan()),
+            watchers: Watchers::default(),
+            taps: TapChoice::none(),
+            frame_tokens: usize::MAX,
+            dropped: session.dropped(),
             shared,
             stats: Stats::default(),
             broken: None,
             session,
         };
+        if core.session.options().watch.is_some() {
+            core.session.set_watch(TapChoice::none())?;
+        }
         core.publish();
         Ok(core)
     }
@@ -113,8 +166,9 @@ impl Core {
             let next =
                 if self.has_work() { commands.try_recv().ok() } else { commands.recv().ok().or(Some(Command::Stop)) };
             match next {
-                Some(Command::Submit { id, request, events }) => self.submit(id, request, events),
+                Some(Command::Submit { id, request, bytes, sink }) => self.submit(id, request, bytes, sink),
                 Some(Command::Cancel(id)) => self.cancel(id),
+                Some(Command::Watch { taps, queue }) => self.watchers.add(taps, queue),
                 Some(Command::Clear(done)) => {
                     self.cache.clear(&mut self.session);
                     self.publish();
@@ -141,24 +195,36 @@ impl Core {
         for id in ids {
             self.fail(id, &Arc::new(Error::EngineStopped));
         }
+        self.watchers.close();
         self.flush();
         self.cache.clear(&mut self.session);
+        if let Some(taps) = self.session.options().watch.as_ref().map(|watch| watch.taps.clone()) {
+            // It can be watched, so it takes them.
+            let _ = self.session.set_watch(taps);
+        }
         self.publish();
     }
 
-    fn submit(&mut self, id: u64, request: Request, events: mpsc::Sender<Event>) {
-        let room = (self.session.model().plan().model.max_context as usize).saturating_sub(request.prompt.len());
-        let max_new = request.max_new_tokens.min(room);
+    fn submit(&mut self, id: u64, mut request: Request, bytes: u64, sink: Sink) {
+        let model = &self.session.model().plan().model;
+        let max_new = request.max_new_tokens.min((model.max_context as usize).saturating_sub(request.prompt.len()));
         let (prompt, priority) = (request.prompt.len(), request.priority);
+        let steering = Steering::new(&mut request, model.vocab_size);
         let drafting = Drafting::new(self.mtp, moewe_plan::MAX_DRAFTS as usize);
         let mut drafting = if id.is_multiple_of(TRIES) { drafting } else { drafting.trusting() };
         // Its prompt may be run before drafts are chosen again, and modules have to see all of it.
-        let drafts = drafting.next(&self.costs, self.live.len() + 1);
+        let drafts = if steering.is_stepwise() { 0 } else { drafting.next(&self.costs, self.live.len() + 1) };
         let live = Live {
+            id,
             tokens: request.prompt.clone(),
+            experts: request.experts.then(Experts::default),
             request,
-            events,
+            bytes,
+            sink: Some(sink),
             sequence: None,
+            steering,
+            seen: 0,
+            begun: None,
             drafting,
             drafts,
             cached_tokens: 0,
@@ -179,7 +245,7 @@ impl Core {
     }
 
     /// Why a request that has drawn all it may ends.
-    fn full_reason(&self, id: u64) -> StopReason {
+    pub(super) fn full_reason(&self, id: u64) -> StopReason {
         let live = &self.live[&id];
         if live.new_tokens() >= live.request.max_new_tokens { StopReason::Length } else { StopReason::Context }
     }
@@ -192,13 +258,17 @@ impl Core {
     }
 
     fn tick(&mut self) {
+        self.watchers.purge();
         self.choose_drafts();
+        let reads = self.reads();
         let Self { session, cache, live, stats, .. } = self;
         let mut pool = PagePool { session, cache, live, stats, errors: Vec::new() };
-        // What is tried is looked at after each pass.
-        let learns = pool.live.values().any(|live| live.drafting.learns());
-        let mut plan = self.scheduler.plan(&mut pool, if learns { 1 } else { MAX_BURST });
+        let running = || pool.live.values().filter(|live| live.sequence.is_some());
+        // What is tried is looked at after each pass, and so is what the next draw depends on.
+        let step_by_step = running().any(|live| live.steering.is_stepwise() || live.drafting.learns() && !reads);
+        let mut plan = self.scheduler.plan(&mut pool, if step_by_step { 1 } else { MAX_BURST });
         let errors = std::mem::take(&mut pool.errors);
+        lock(&self.shared.held).waiting = self.scheduler.counts().waiting;
         let sound = errors.is_empty();
         for (id, error) in errors {
             self.fault(error, &[id]);
@@ -233,25 +303,77 @@ impl Core {
     }
 
     fn choose_drafts(&mut self) {
+        let reads = self.reads();
         let sequences = self.live.values().filter(|live| live.sequence.is_some()).count();
         for (&id, live) in self.live.iter_mut().filter(|(_, live)| live.sequence.is_some()) {
-            live.drafts = live.drafting.next(&self.costs, sequences);
+            let alone = reads || live.steering.is_stepwise();
+            live.drafts = if alone { 0 } else { live.drafting.next(&self.costs, sequences) };
             self.scheduler.set_drafts(id, live.drafts);
         }
     }
 
-    fn run(&mut self, plan: &mut Plan) {
-        for item in plan.items.iter_mut().filter(|item| item.tokens > self.prefill_chunk) {
-            (item.tokens, item.samples) = (self.prefill_chunk, false);
+    /// The taps that somebody wants of what runs now.
+    fn wanted_taps(&self) -> TapChoice {
+        let experts = self.live.values().any(|live| live.experts.is_some() && live.sequence.is_some());
+        let routing = experts.then(|| self.routing.taps());
+        union(self.watchers.taps().chain(routing.as_ref()))
+    }
+
+    /// Whether passes are watched now.
+    fn reads(&self) -> bool {
+        !self.wanted_taps().is_none()
+    }
+
+    /// Sees to it that what somebody wants is read, and nothing else.
+    fn choose_taps(&mut self) -> Result<()> {
+        let taps = self.wanted_taps();
+        if taps != self.taps {
+            self.session.set_watch(taps.clone())?;
+            self.frame_tokens = self.frame_tokens(&taps);
+            self.taps = taps;
         }
+        Ok(())
+    }
+
+    /// Bytes of frames that the session has room for, whatever their layout: half of it, since buffers are rounded up.
+    fn frame_bytes(&self) -> u64 {
+        self.session.options().watch.as_ref().map_or(0, |watch| watch.ring_bytes) / 2
+    }
+
+    /// Tokens whose frames find room.
+    fn frame_tokens(&self, taps: &TapChoice) -> usize {
+        let options = self.session.options();
+        let programs = self.session.model().programs(ProgramKind::Watch, options.precision).into_iter();
+        let bytes = programs.map(|(_, program)| {
+            let wanted = program.taps.iter().filter(|tap| taps.wants_tap(tap));
+            16 + wanted.map(|tap| u64::from(tap.stride) * 4).sum::<u64>()
+        });
+        (self.frame_bytes() / bytes.max().unwrap_or(16)) as usize
+    }
+
+    fn run(&mut self, plan: &mut Plan) {
+        if let Err(error) = self.choose_taps() {
+            let ids: Vec<u64> = plan.items.iter().map(|item| item.id).collect();
+            return self.fault(error, &ids);
+        }
+        self.shorten(plan);
+        self.begin(plan);
+        self.steer(plan);
+        // Some may have ended in front of their pass.
+        plan.items.retain(|item| self.live.contains_key(&item.id));
+        if plan.items.is_empty() {
+            return;
+        }
+        let reads = !self.taps.is_none();
         let work: Vec<Work> = plan.items.iter().filter_map(|item| self.work(item)).collect();
         let ids: Vec<u64> = plan.items.iter().map(|item| item.id).collect();
         let decodes = plan.items.iter().all(|item| self.live.get(&item.id).is_some_and(|live| live.decodes(item)));
         for work in work.iter().filter(|work| work.drafts > 0) {
             pool::ensure_behind(&mut self.session, &mut self.cache, work);
         }
+        let steps = plan.burst.min(self.frame_passes(plan, &work)) as u32;
         let started = Instant::now();
-        let stepped = match self.session.step(&work, plan.burst as u32) {
+        let stepped = match self.session.step(&work, steps) {
             Ok(stepped) if stepped.len() == plan.items.len() => stepped,
             Ok(_) => return self.fault(Error::EngineStopped, &ids),
             Err(error) => return self.fault(error, &ids),
@@ -259,13 +381,61 @@ impl Core {
         let now = Instant::now();
         let passes = stepped.iter().map(|stepped| stepped.passes).max().unwrap_or(1).max(1);
         self.stats.passes += u64::from(passes);
-        if decodes {
+        if decodes && !reads {
             let drafts = work.iter().map(|work| work.drafts).max().unwrap_or(0) as usize;
             let seconds = (now - started).as_secs_f64() / f64::from(passes);
             self.costs.saw(drafts, work.len(), seconds);
         }
-        for (item, stepped) in plan.items.iter().zip(stepped) {
-            self.ran(item, &stepped, now);
+        self.brought(&plan.items, stepped, now);
+    }
+
+    /// Passes whose frames find room, where experts are to be told; at least one.
+    fn frame_passes(&self, plan: &Plan, work: &[Work]) -> usize {
+        if !self.tells_experts(plan) {
+            return MAX_BURST;
+        }
+        let tokens = work.iter().map(|work| work.tokens).sum::<usize>().max(1);
+        (self.frame_tokens / tokens).min((self.frame_bytes() / LEAST) as usize).max(1)
+    }
+
+    /// Whether the experts of any of these are to be told.
+    fn tells_experts(&self, plan: &Plan) -> bool {
+        plan.items.iter().any(|item| self.live.get(&item.id).is_some_and(|live| live.experts.is_some()))
+    }
+
+    /// Takes no more of prompts into a pass than is wanted, or than there is room for where experts are to be told.
+    fn shorten(&self, plan: &mut Plan) {
+        let mut left = if self.tells_experts(plan) { self.frame_tokens.max(1) } else { usize::MAX };
+        plan.items.retain_mut(|item| {
+            let decodes = self.live.get(&item.id).is_some_and(|live| live.decodes(item));
+            let most = if decodes { item.tokens } else { self.prefill_chunk.min(left) };
+            if item.tokens > most {
+                (item.tokens, item.samples) = (most, false);
+            }
+            left = left.saturating_sub(item.tokens);
+            item.tokens > 0
+        });
+    }
+
+    /// Tells those who run for the first time.
+    fn begin(&mut self, plan: &Plan) {
+        for item in &plan.items {
+            let Some(live) = self.live.get_mut(&item.id).filter(|live| live.begun.is_none()) else { continue };
+            live.begun = Some(self.watchers.began(live.number(), &live.request.prompt));
+            if !live.tell(Event::Began { cached_tokens: live.cached_tokens }) {
+                self.end(item.id, StopReason::Stopped);
+            }
+        }
+    }
+
+    /// Tells the session what the draws of this pass depend on.
+    fn steer(&mut self, plan: &Plan) {
+        for item in plan.items.iter().filter(|item| item.samples) {
+            let Some(live) = self.live.get_mut(&item.id) else { continue };
+            let Some(sequence) = live.sequence else { continue };
+            if let Err(error) = live.steering.prepare(&mut self.session, sequence) {
+                self.fail(item.id, &Arc::new(error));
+            }
         }
     }
 
@@ -273,177 +443,8 @@ impl Core {
         let live = self.live.get(&item.id)?;
         // Modules have to see the prompt if they are to draft behind it.
         let drafts = if live.decodes(item) { item.drafts } else { live.drafts };
-        Some(Work { sequence: live.sequence?, tokens: item.tokens, drafts: drafts as u32 })
-    }
-
-    /// Takes in what a request was given.
-    fn ran(&mut self, item: &Item, stepped: &Stepped, now: Instant) {
-        let Some(live) = self.live.get_mut(&item.id) else { return };
-        let prefills = live.new_tokens() == 0 || item.tokens > 1;
-        if prefills {
-            self.stats.prefill_tokens += item.tokens as u64;
-        }
-        if stepped.verified.is_empty() && !prefills {
-            (0..stepped.passes).for_each(|_| live.drafting.saw(0, 0));
-        }
-        for &(drafted, accepted) in &stepped.verified {
-            live.drafting.saw(drafted as usize, accepted as usize);
-            self.costs.saw_drafts(drafted as usize, accepted as usize);
-            let positions = &mut self.stats.acceptance;
-            positions.resize(positions.len().max(drafted as usize), (0, 0));
-            for (position, (offered, taken)) in positions.iter_mut().enumerate().take(drafted as usize) {
-                *offered += 1;
-                *taken += u64::from(position < accepted as usize);
-            }
-        }
-        let room = live.request.max_new_tokens - live.new_tokens();
-        let ends = |token: &u32| {
-            live.request.stop_tokens.contains(token) || (!live.request.ignore_eos && self.eos.contains(token))
-        };
-        let stop = stepped.tokens.iter().take(room).position(ends);
-        let count = stop.map_or(stepped.tokens.len().min(room), |at| at + 1);
-        let tokens = stepped.tokens[..count].to_vec();
-        live.tokens.extend(&tokens);
-        self.stats.new_tokens += count as u64;
-        let first = count > 0 && live.first_token.is_none();
-        if first {
-            live.first_token = Some(now);
-        }
-        let heard = tokens.is_empty() || live.events.send(Event::Tokens(tokens)).is_ok();
-        let max_context = self.session.model().plan().model.max_context as usize;
-        let full = live.new_tokens() >= live.request.max_new_tokens || live.tokens.len() >= max_context;
-        if stepped.poisoned && stop.is_none() && !full {
-            return self.fail(item.id, &Arc::new(Error::Poisoned));
-        }
-        if !heard {
-            return self.end(item.id, StopReason::Stopped);
-        }
-        if stop.is_some() {
-            return self.end(item.id, StopReason::Eos);
-        }
-        if full {
-            return self.end(item.id, self.full_reason(item.id));
-        }
-        self.scheduler.ran(item, stepped.tokens.len());
-        // Others that begin alike need not wait for its end.
-        if prefills && count > 0 {
-            self.keep(item.id, false);
-        }
-    }
-
-    /// Keeps the latents of a request for others.
-    fn keep(&mut self, id: u64, ends: bool) {
-        let Some(live) = self.live.get(&id) else { return };
-        let Some(sequence) = live.sequence else { return };
-        if let Err(error) = self.cache.keep(&mut self.session, sequence, &live.tokens, ends) {
-            self.warn(error.to_string());
-        }
-    }
-
-    /// Ends a request whose prompt and text are too long for all pages.
-    fn give_up(&mut self, id: u64, reason: Reason) {
-        let Some(live) = self.live.get_mut(&id) else { return };
-        live.preemptions = live.preemptions.saturating_sub(u32::from(live.admitted.is_some()));
-        let Reason::OutOfPages { needed, total, .. } = reason;
-        if live.new_tokens() > 0 {
-            self.end(id, StopReason::Context);
-        } else {
-            self.fail(id, &Arc::new(Error::OutOfPages { needed, free: total, total }));
-        }
-    }
-
-    /// Ends a request well.
-    fn end(&mut self, id: u64, stop_reason: StopReason) {
-        // What was computed up to here is right, whatever the reason.
-        if self.live.get(&id).is_some_and(|live| live.first_token.is_some()) {
-            self.keep(id, true);
-        }
-        let Some(live) = self.forget(id) else { return };
-        let now = Instant::now();
-        let between = |from: Option<Instant>, to: Option<Instant>| match (from, to) {
-            (Some(from), Some(to)) => to.saturating_duration_since(from),
-            _ => Duration::ZERO,
-        };
-        self.stats.cancelled += u64::from(stop_reason == StopReason::Stopped);
-        let finished = Finished {
-            stop_reason,
-            prompt_tokens: live.request.prompt.len(),
-            cached_tokens: live.cached_tokens,
-            new_tokens: live.new_tokens(),
-            acceptance: live.drafting.acceptance(),
-            preemptions: live.preemptions,
-            waited: between(Some(live.submitted), live.admitted.or(Some(now))),
-            prefill: between(live.admitted, live.first_token),
-            decode: between(live.first_token, Some(now)),
-        };
-        // Whoever hears of the end finds it in the figures.
-        self.publish();
-        let _ = live.events.send(Event::Finished(Box::new(finished))); // whoever asked may have gone
-    }
-
-    /// Ends a request with an error.
-    fn fail(&mut self, id: u64, error: &Arc<Error>) {
-        let Some(live) = self.forget(id) else { return };
-        self.stats.failed += 1;
-        self.publish();
-        let _ = live.events.send(Event::Failed(Arc::clone(error))); // whoever asked may have gone
-    }
-
-    /// Takes a request out, and frees what it had.
-    fn forget(&mut self, id: u64) -> Option<Live> {
-        let live = self.live.remove(&id)?;
-        self.scheduler.remove(id);
-        if let Some(sequence) = live.sequence {
-            // It cannot be unknown: it was added when the request was admitted.
-            let _ = self.session.remove_sequence(sequence);
-        }
-        self.stats.requests += 1;
-        let mut used = lock(&self.shared.host_bytes);
-        *used = used.saturating_sub(host_bytes(&live.request));
-        drop(used);
-        Some(live)
-    }
-
-    /// Something could not be run. The requests concerned fail; if the device is gone, all do.
-    fn fault(&mut self, error: Error, concerned: &[u64]) {
-        let lost = matches!(error, Error::DeviceLost { .. } | Error::Interrupted);
-        let error = Arc::new(error);
-        let mut ids = concerned.to_vec();
-        if lost {
-            self.broken = Some(Arc::clone(&error));
-            ids = self.live.keys().copied().collect();
-        }
-        for id in ids {
-            self.fail(id, &error);
-        }
-        self.publish();
-    }
-
-    fn warn(&mut self, text: String) {
-        if !self.stats.warnings.contains(&text) && self.stats.warnings.len() < 16 {
-            self.stats.warnings.push(text);
-        }
-    }
-
-    /// Shows the figures of now.
-    fn publish(&mut self) {
-        if let Some(warning) = self.cache.disk().and_then(Disk::take_warning) {
-            self.warn(warning);
-        }
-        let counts = self.scheduler.counts();
-        let (pages, free_pages) = self.session.pages();
-        let disk = self.cache.disk();
-        *lock(&self.shared.stats) = Stats {
-            waiting: counts.waiting,
-            running: counts.prefill + counts.decode,
-            pages,
-            free_pages,
-            cached_pages: self.cache.pages(),
-            preempted: counts.preempted,
-            host_bytes: *lock(&self.shared.host_bytes),
-            disk: disk.map(Disk::stats),
-            ..self.stats.clone()
-        };
+        let logprobs = live.request.logprobs.is_some();
+        Some(Work { sequence: live.sequence?, tokens: item.tokens, drafts: drafts as u32, logprobs })
     }
 }
 

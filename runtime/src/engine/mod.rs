@@ -5,23 +5,34 @@
 //! and hands out what was drawn. What a request is given does not depend on who shares its batches.
 
 mod cache;
+mod constraint;
 mod core;
+mod delivery;
 pub mod disk;
 mod drafting;
+mod experts;
 mod pool;
 mod prefix;
 mod request;
 mod scheduler;
+mod watchers;
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
 
-use crate::{Error, Result, Session};
+use moewe_plan::{Precision, TapChoice};
 
+use crate::{Error, Model, Result, Session};
+
+pub use self::constraint::Constraint;
 pub use self::disk::DiskStats;
 pub use self::drafting::Mtp;
-pub use self::request::{Event, Finished, Request, Stream};
+use self::experts::Routing;
+use self::request::Sink;
+pub use self::request::{Event, Finished, Logprobs, Request, Stream, Tokens};
+use self::watchers::Queue;
+pub use self::watchers::{Watched, Watcher};
 use core::Core;
 
 /// How an engine works.
@@ -37,12 +48,25 @@ pub struct EngineOptions {
     pub prefill_chunk: Option<usize>,
     /// Bytes of host memory for prompts and texts; a request for which there is no room is refused.
     pub host_bytes: u64,
+    /// Most requests that wait for a place, without it as many as there is room for. Another one is refused.
+    pub max_waiting: Option<usize>,
+    /// Bytes of frames that a watcher may leave lying; what does not fit is dropped for it. One that leaves lying as much again
+    /// of texts is closed.
+    pub watcher_bytes: u64,
 }
 
 impl Default for EngineOptions {
-    /// Drafts as long as they help, a prefix cache on the device, 1 GiB of texts.
+    /// Drafts as long as they help, a prefix cache on the device, 1 GiB of texts, 64 MiB of frames for each watcher.
     fn default() -> Self {
-        Self { mtp: Mtp::Auto, prefix_cache: true, cache_dir: None, prefill_chunk: None, host_bytes: 1 << 30 }
+        Self {
+            mtp: Mtp::Auto,
+            prefix_cache: true,
+            cache_dir: None,
+            prefill_chunk: None,
+            host_bytes: 1 << 30,
+            max_waiting: None,
+            watcher_bytes: 64 << 20,
+        }
     }
 }
 
@@ -93,9 +117,15 @@ enum Command {
     Submit {
         id: u64,
         request: Request,
-        events: mpsc::Sender<Event>,
+        /// What it counts as.
+        bytes: u64,
+        sink: Sink,
     },
     Cancel(u64),
+    Watch {
+        taps: TapChoice,
+        queue: Arc<Queue>,
+    },
     /// Forget the prefix cache in the device's memory.
     Clear(mpsc::Sender<()>),
     /// Write what is still to be written.
@@ -119,18 +149,35 @@ impl Commands {
 #[derive(Debug)]
 struct Shared {
     stats: Mutex<Stats>,
-    /// Bytes of all requests that were not done yet.
-    host_bytes: Mutex<u64>,
+    held: Mutex<Held>,
     next_id: Mutex<u64>,
+}
+
+/// What requests hold until they are done.
+#[derive(Clone, Copy, Debug, Default)]
+struct Held {
+    requests: usize,
+    /// Bytes of their texts.
+    bytes: u64,
+    /// Those of them for which there was no place in the last tick.
+    waiting: usize,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Bytes that a request is counted as: its tokens and those that it may come to, twice (here and in the session).
-fn host_bytes(request: &Request) -> u64 {
-    (request.prompt.len() as u64).saturating_add(request.max_new_tokens as u64).saturating_mul(8).saturating_add(1024)
+/// Calls what others have written, which may panic: `None` then.
+fn guarded<T>(call: impl FnOnce() -> T) -> Option<T> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(call)).ok()
+}
+
+/// Bytes that a request is counted as: its tokens and those that it may come to, twice (here and in the session), and the
+/// experts of each, if they are to be told.
+fn host_bytes(request: &Request, routing: &Routing) -> u64 {
+    let experts = if request.experts { routing.row() as u64 * 2 } else { 0 };
+    let tokens = (request.prompt.len() as u64).saturating_add(request.max_new_tokens as u64);
+    tokens.saturating_mul(8 + experts).saturating_add(1024)
 }
 
 /// Serves requests on a session. Dropping it cancels what is not done.
@@ -138,59 +185,113 @@ fn host_bytes(request: &Request) -> u64 {
 pub struct Engine {
     commands: Commands,
     shared: Arc<Shared>,
-    limit: u64,
-    vocab_size: u32,
-    max_context: usize,
+    options: EngineOptions,
+    model: Arc<Model>,
+    routing: Routing,
+    precision: Precision,
+    /// Whether the session can be watched.
+    watch: bool,
+    /// Requests that run at once.
+    places: usize,
     thread: Option<JoinHandle<Session>>,
 }
 
 impl Engine {
     /// Starts a thread that serves requests on `session`, which holds no sequence yet. As many requests run at once as
-    /// the session has places for sequences.
+    /// the session has places for sequences. Experts can be told, and requests watched, if the session was made with
+    /// [`crate::SessionOptions::watch`]; what that chooses is not read here, [`Engine::watch`] says what is.
     ///
     /// # Errors
     /// If the directory of the prefix cache cannot be used, or the thread cannot be started.
     pub fn new(session: Session, options: &EngineOptions) -> Result<Self> {
-        let shared =
-            Arc::new(Shared { stats: Mutex::default(), host_bytes: Mutex::default(), next_id: Mutex::default() });
+        let shared = Arc::new(Shared { stats: Mutex::default(), held: Mutex::default(), next_id: Mutex::default() });
         let (sender, receiver) = mpsc::channel();
-        let plan = session.model().plan();
-        let (vocab_size, max_context) = (plan.model.vocab_size, plan.model.max_context as usize);
+        let model = Arc::clone(session.model());
+        let (precision, watch) = (session.options().precision, session.options().watch.is_some());
+        let places = session.options().max_sequences.max(1) as usize;
         let core = Core::new(session, options, Arc::clone(&shared))?;
         let thread = std::thread::Builder::new().name("moewe engine".into());
         let thread = thread.spawn(move || core.serve(&receiver)).map_err(|source| Error::Thread { source })?;
-        let (commands, limit, thread) = (Commands(sender), options.host_bytes, Some(thread));
-        Ok(Self { commands, shared, limit, vocab_size, max_context, thread })
+        let (commands, options, routing) = (Commands(sender), options.clone(), Routing::of(model.plan()));
+        Ok(Self { commands, shared, options, model, routing, precision, watch, places, thread: Some(thread) })
     }
 
     /// Hands in a request.
     ///
     /// # Errors
-    /// What is wrong with the request; [`Error::QueueFull`] if there is no room for its text; [`Error::EngineStopped`].
-    pub fn submit(&self, mut request: Request) -> Result<Stream> {
-        crate::sequences::check_tokens(&request.prompt, 0, self.vocab_size, self.max_context)?;
-        crate::sequences::check_sampling(&request.sampling)?;
-        // More than this cannot come, and is not to be counted.
-        request.max_new_tokens = request.max_new_tokens.min(self.max_context);
-        let bytes = host_bytes(&request);
-        {
-            let mut used = lock(&self.shared.host_bytes);
-            let after = used.saturating_add(bytes);
-            if after > self.limit {
-                return Err(Error::QueueFull { bytes, used: *used, limit: self.limit });
-            }
-            *used = after;
+    /// What is wrong with the request; [`Error::QueueFull`] if there is no room for its text, [`Error::TooManyWaiting`] if
+    /// there is no place for it, [`Error::NotPrepared`] if the session cannot tell what it asks for;
+    /// [`Error::EngineStopped`].
+    pub fn submit(&self, request: Request) -> Result<Stream> {
+        let (sender, events) = mpsc::channel();
+        let id = self.submit_to(request, move |event| sender.send(event).is_ok())?;
+        Ok(Stream { id, events, commands: self.commands.clone(), ended: false })
+    }
+
+    /// Hands in a request whose events go to `sink`, and gives its number, for [`Engine::cancel`]. The sink is called on the
+    /// engine's thread, maybe before this returns: it must not wait, neither for others nor for the engine. If it says
+    /// `false` (or panics), the request ends and the sink is never called again; it is not called after
+    /// [`Event::Finished`] or [`Event::Failed`], either.
+    ///
+    /// # Errors
+    /// As [`Engine::submit`].
+    pub fn submit_to(&self, mut request: Request, sink: impl FnMut(Event) -> bool + Send + 'static) -> Result<u64> {
+        let plan = self.model.plan();
+        request.check(&plan.model)?;
+        if request.experts {
+            self.routing.check(plan, self.precision, self.watch)?;
         }
+        // More than this cannot come, and is not to be counted.
+        request.max_new_tokens = request.max_new_tokens.min(plan.model.max_context as usize);
+        let bytes = host_bytes(&request, &self.routing);
+        self.hold(bytes)?;
         let id = {
             let mut next = lock(&self.shared.next_id);
             *next += 1;
             *next
         };
-        let (events, receiver) = mpsc::channel();
-        if !self.commands.send(Command::Submit { id, request, events }) {
+        let sink = Sink::new(sink);
+        if self.commands.send(Command::Submit { id, request, bytes, sink }) {
+            Ok(id)
+        } else {
+            Err(Error::EngineStopped)
+        }
+    }
+
+    /// Keeps a place and room for a request.
+    fn hold(&self, bytes: u64) -> Result<()> {
+        let mut held = lock(&self.shared.held);
+        if let Some(limit) = self.options.max_waiting {
+            // Places may stay free for want of pages.
+            let waiting = held.waiting.max(held.requests.saturating_sub(self.places));
+            if held.requests >= self.places.saturating_add(limit) || (waiting > 0 && waiting >= limit) {
+                return Err(Error::TooManyWaiting { waiting, limit });
+            }
+        }
+        let after = held.bytes.saturating_add(bytes);
+        if after > self.options.host_bytes {
+            return Err(Error::QueueFull { bytes, used: held.bytes, limit: self.options.host_bytes });
+        }
+        held.bytes = after;
+        held.requests += 1;
+        Ok(())
+    }
+
+    /// Shows what these taps read of all requests that begin to run from now on, and their texts; no taps, the texts alone.
+    /// While there are taps to read, nobody drafts.
+    ///
+    /// # Errors
+    /// [`Error::NotPrepared`] if there are taps to read and the session was made without
+    /// [`crate::SessionOptions::watch`]; [`Error::EngineStopped`].
+    pub fn watch(&self, taps: TapChoice) -> Result<Watcher> {
+        if !taps.is_none() && !self.watch {
+            return Err(Error::NotPrepared { kind: moewe_plan::ProgramKind::Watch, place: "session" });
+        }
+        let queue = Queue::new(self.options.watcher_bytes);
+        if !self.commands.send(Command::Watch { taps, queue: Arc::clone(&queue) }) {
             return Err(Error::EngineStopped);
         }
-        Ok(Stream { id, events: receiver, commands: self.commands.clone(), ended: false })
+        Ok(Watcher::new(queue))
     }
 
     /// Ends a request soon; its stream tells so. One that is done, or unknown, is left alone.

@@ -25,7 +25,8 @@ pub(super) struct PagePool<'a> {
 impl PagePool<'_> {
     fn try_admit(&mut self, id: u64, tokens: usize, spare: usize) -> Result<Option<usize>> {
         let Some(live) = self.live.get_mut(&id) else { return Ok(None) };
-        let mut found = self.cache.begin(self.session, &live.tokens)?;
+        let known = &live.tokens[..live.cacheable()];
+        let mut found = self.cache.begin(self.session, known)?;
         // What was found is held, so it is not among what is available.
         let needed = pages_for(tokens).saturating_sub(found.full_pages());
         // A page that is only copied is in the way if it is the last one.
@@ -36,7 +37,7 @@ impl PagePool<'_> {
             }
         }
         let admitted = self.session.add_sequence(&live.tokens, live.request.sampling).and_then(|sequence| {
-            let filled = fill(self.session, self.cache, sequence, &live.tokens, &mut found);
+            let filled = fill(self.session, self.cache, (sequence, live.tokens.len()), known, &mut found);
             if filled.is_err() {
                 self.session.remove_sequence(sequence)?;
             }
@@ -54,17 +55,17 @@ impl PagePool<'_> {
     }
 }
 
-/// Gives a fresh sequence what was found of its beginning, and pages for so many tokens.
+/// Gives a fresh sequence what is there of its first tokens, and pages for so many.
 fn fill(
     session: &mut Session,
     cache: &mut PrefixCache,
-    sequence: SequenceId,
-    tokens: &[u32],
+    (sequence, length): (SequenceId, usize),
+    first: &[u32],
     found: &mut Beginning,
 ) -> Result<()> {
-    cache.read_disk(session, tokens, found)?;
+    cache.read_disk(session, first, found)?;
     cache.adopt(session, sequence, found)?;
-    ensure(session, cache, sequence, tokens.len())
+    ensure(session, cache, sequence, length)
 }
 
 fn ensure(session: &mut Session, cache: &mut PrefixCache, sequence: SequenceId, tokens: usize) -> Result<()> {

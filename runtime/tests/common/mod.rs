@@ -9,7 +9,7 @@ use std::sync::Arc;
 use moewe_plan::{
     Access, Binding, BindingLayout, Buffer, Bundle, Cost, DType, Dim, Entry, FORMAT_VERSION, Kernel, ModelInfo,
     Parameter, ParameterKind, Plan, Precision, Program, ProgramKind, Requirements, Role, Segment, Shard, Staging, Step,
-    Symbol, TapGroup, TapSpec, Weight, WeightFile, WeightFormat, hash_file,
+    Symbol, TapGroup, TapSpec, Weight, WeightFile, WeightFormat, When, hash_file,
 };
 use moewe_runtime::{Gpu, Model, Selector, Session, SessionOptions};
 
@@ -191,7 +191,7 @@ impl Maker {
             params,
             cost: Cost::default(),
             only_for: Vec::new(),
-            drafting: false,
+            when: When::Always,
         }
     }
 

@@ -249,7 +249,7 @@ impl<'a> Requests<'a> {
             Prompt::Tokens(tokens) => json!({ "tokens": tokens }),
             Prompt::Chat(messages) => json!({ "messages": messages }),
         };
-        let Sampling { temperature, top_p, min_p, repetition_penalty, top_k, seed_low, seed_high, reserved: _ } =
+        let Sampling { temperature, top_p, min_p, repetition_penalty, top_k, seed_low, seed_high, constraints: _ } =
             options.sampling;
         let numbers = [temperature, top_p, min_p, repetition_penalty].map(f32::to_bits);
         let all = json!([

@@ -87,7 +87,7 @@ impl Machine<'_> {
         let Some(program) = of_kind().find(fits).or_else(|| of_kind().next_back()) else { return Floor::default() };
         let mut floor = Floor::default();
         // Steps that serve taps alone are left out, since nothing is watched.
-        for step in program.steps.iter().filter(|step| step.only_for.is_empty() && (drafts || !step.drafting)) {
+        for step in program.steps.iter().filter(|step| step.only_for.is_empty() && step.when.holds(drafts, false)) {
             let (bytes, flops) = cost(step, load);
             floor.bytes += self.without_repeated_experts(step, load, bytes as f64);
             floor.flops += flops;

@@ -176,6 +176,7 @@ fn first_token(engine: &Engine, prompt: Vec<u32>) -> anyhow::Result<Option<Run>>
     let mut seconds = 0.0;
     loop {
         match stream.recv() {
+            Some(Event::Began { .. }) => {}
             Some(Event::Tokens(_)) => seconds = started.elapsed().as_secs_f64(),
             Some(Event::Finished(finished)) => return Ok((!interrupt::is_set()).then_some((seconds, *finished))),
             Some(Event::Failed(error)) if matches!(*error, moewe_runtime::Error::Interrupted) => return Ok(None),

@@ -1,6 +1,6 @@
 //! The reference of the sampler: which tokens may be drawn, and with what probability.
 //!
-//! Order: repetition penalty, temperature, top-k, top-p over what remains renormalised, min-p. Tokens are taken in
+//! Order: bias and mask ([`constrain`]), repetition penalty, temperature, top-k, top-p over what remains renormalised, min-p. Tokens are taken in
 //! descending order of logit, the lower id first among equals, so at every threshold ties keep the lowest ids.
 
 use crate::{ops, router};
@@ -33,6 +33,18 @@ pub struct Candidate {
     pub token: usize,
     /// Its probability; those of all candidates sum to 1.
     pub probability: f64,
+}
+
+/// Logits `[V]` after bias (what is added to which token) and mask (the tokens that may be drawn; without it, all). What
+/// cannot be drawn is −∞: tokens outside the mask, and those whose logit is NaN or −∞, whatever their bias.
+pub fn constrain(logits: &[f64], mask: Option<&[usize]>, bias: &[(usize, f64)]) -> Vec<f64> {
+    let constrain = |(t, &x): (usize, &f64)| {
+        if x.is_nan() || mask.is_some_and(|mask| !mask.contains(&t)) {
+            return f64::NEG_INFINITY;
+        }
+        x + bias.iter().filter(|(token, _)| *token == t).map(|(_, bias)| bias).sum::<f64>()
+    };
+    logits.iter().enumerate().map(constrain).collect()
 }
 
 /// Logits `[V]` after the repetition penalty; a token seen twice is penalised once.
@@ -188,6 +200,17 @@ mod tests {
         assert!(wins.iter().zip([0.5, 0.3, 0.2]).all(|(won, p)| (won - p).abs() < 0.01), "{wins:?}");
         assert!((0.9 / 1.1 - 0.01..0.91).contains(&alike), "{alike}");
         assert_eq!(draw(&p[..1], 5, 0), (0, f64::INFINITY));
+    }
+
+    #[test]
+    fn what_is_outside_the_mask_or_no_number_stays_out_whatever_its_bias() {
+        let (nan, infinity) = (f64::NAN, f64::INFINITY);
+        let logits = [1.0, nan, -infinity, infinity, 2.0, 3.0];
+        let bias = [(0, 0.5), (1, 100.0), (2, 100.0), (3, -100.0), (4, 100.0)];
+        let all = constrain(&logits, None, &bias);
+        assert_eq!(all, [1.5, -infinity, -infinity, infinity, 102.0, 3.0]);
+        let some = constrain(&logits, Some(&[0, 1, 5]), &bias);
+        assert_eq!(some, [1.5, -infinity, -infinity, -infinity, -infinity, 3.0]);
     }
 
     #[test]
