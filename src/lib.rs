@@ -1,5 +1,6 @@
 //! The parts of the `moewe` command that are of use without a command line.
 
+pub mod api;
 pub mod eval;
 pub mod heatmap;
 pub mod live;
