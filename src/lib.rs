@@ -1,6 +1,7 @@
 //! The parts of the `moewe` command that are of use without a command line.
 
 pub mod api;
+pub mod chat;
 pub mod eval;
 pub mod heatmap;
 pub mod live;

@@ -28,7 +28,7 @@ use std::path::{Path, PathBuf};
 pub use generation::GenerationDefaults;
 pub use stream::TokenStream;
 pub use template::{ChatOptions, Message};
-pub use tokenizer::SpecialIds;
+pub use tokenizer::{AddedToken, SpecialIds};
 
 /// The names of the files that this module reads from a checkpoint or bundle directory.
 pub const TEXT_FILES: [&str; 5] =
@@ -188,6 +188,13 @@ impl Text {
         self.tokenizer.encode(text, add_bos)
     }
 
+    /// Turns text into token ids that has characters in place of others: `shown` gives each character's true form. Added
+    /// tokens are found in the text as it is, all else is tokenized in its true form, so that what a text only spells
+    /// can be kept from becoming a token. No begin or end token is added.
+    pub fn encode_hidden(&self, text: &str, shown: impl Fn(char) -> char) -> Result<Vec<u32>, TextError> {
+        self.tokenizer.encode_hidden(text, shown)
+    }
+
     /// Turns token ids into text. Ids that the tokenizer does not know, such as the padding of a vocabulary, give no
     /// text; bytes that are no UTF-8 give U+FFFD. With `skip_special`, special tokens give no text either.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> String {
@@ -210,6 +217,16 @@ impl Text {
         Some(String::from_utf8_lossy(&bytes).into_owned())
     }
 
+    /// The bytes that a token stands for, those of its spelling for an added token; `None` for an unknown id.
+    pub fn bytes(&self, id: u32) -> Option<Vec<u8>> {
+        self.tokenizer.bytes(id)
+    }
+
+    /// Whether a token was added to the vocabulary by its spelling, as control tokens are.
+    pub fn is_added(&self, id: u32) -> bool {
+        self.tokenizer.is_added(id)
+    }
+
     /// The number of tokens, added ones included. The model's own vocabulary may be padded to more rows.
     pub fn vocab_size(&self) -> usize {
         self.tokenizer.vocab_size()
@@ -218,6 +235,16 @@ impl Text {
     /// The largest token id, which has to be below the model's `vocab_size`.
     pub fn max_id(&self) -> u32 {
         self.tokenizer.max_id()
+    }
+
+    /// The tokens beside the model's own vocabulary, by id.
+    pub fn added_tokens(&self) -> Vec<AddedToken> {
+        self.tokenizer.added()
+    }
+
+    /// The token that [`Text::encode`] puts before a text with `add_bos`.
+    pub fn begin_id(&self) -> Option<u32> {
+        self.tokenizer.begin()
     }
 
     /// The ids of the special tokens that `tokenizer_config.json` names.
@@ -241,6 +268,11 @@ impl Text {
     /// Whether the model has a chat template.
     pub fn has_chat_template(&self) -> bool {
         self.template.is_some()
+    }
+
+    /// Whether the source of a chat template has this in it.
+    pub fn template_mentions(&self, what: &str) -> bool {
+        self.template.as_ref().is_some_and(|template| template.mentions(what))
     }
 
     /// Writes a conversation as the one string that the model was trained on.

@@ -130,6 +130,11 @@ impl ChatTemplate {
         }
     }
 
+    /// Whether one of the templates has this in its source.
+    pub fn mentions(&self, what: &str) -> bool {
+        self.env.templates().any(|(_, template)| template.source().contains(what))
+    }
+
     fn limit(&self, limit: String) -> TextError {
         TextError::TemplateLimit { file: self.file.clone(), limit }
     }

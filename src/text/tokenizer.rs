@@ -9,7 +9,10 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use serde_json::Value;
 use serde_json::error::Category;
-use tokenizers::{DecoderWrapper, Model as _, ModelWrapper, PostProcessorWrapper, Tokenizer};
+use tokenizers::{
+    DecoderWrapper, Model as _, ModelWrapper, OffsetReferential, OffsetType, PostProcessorWrapper, PreTokenizedString,
+    PreTokenizer as _, Tokenizer,
+};
 
 use super::TextError;
 use super::source::{self, JsonFile};
@@ -30,6 +33,17 @@ pub struct SpecialIds {
     pub pad: Option<u32>,
     /// Unknown token.
     pub unk: Option<u32>,
+}
+
+/// A token beside the model's own vocabulary, found in a text before that is taken to pieces.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AddedToken {
+    /// Its id.
+    pub id: u32,
+    /// How it is written.
+    pub content: String,
+    /// Whether the tokenizer leaves it out of texts where special tokens are.
+    pub special: bool,
 }
 
 /// `tokenizer_config.json`, or its defaults where there is none.
@@ -138,6 +152,47 @@ impl ModelTokenizer {
         Ok(ids)
     }
 
+    /// The ids of a text some of whose characters are hidden: `shown` gives each character's true form. Added tokens are
+    /// found in the text as it is, all else is tokenized in its true form. Nothing goes before or after it.
+    pub fn encode_hidden(&self, text: &str, shown: impl Fn(char) -> char) -> Result<Vec<u32>, TextError> {
+        let failed = |e: tokenizers::Error| TextError::Encode { detail: e.to_string() };
+        let added = self.tokenizer.get_added_vocabulary();
+        let parts = added.extract_and_normalize(self.tokenizer.get_normalizer(), text);
+        let mut ids = Vec::new();
+        for (part, _, tokens) in parts.get_splits(OffsetReferential::Normalized, OffsetType::None) {
+            if let Some(tokens) = tokens {
+                ids.extend(tokens.iter().map(|token| token.id));
+                continue;
+            }
+            let mut words = PreTokenizedString::from(part.chars().map(&shown).collect::<String>());
+            if let Some(pre_tokenizer) = self.tokenizer.get_pre_tokenizer() {
+                pre_tokenizer.pre_tokenize(&mut words).map_err(failed)?;
+            }
+            self.tokenizer.get_model().tokenize_in_pretokenized(&mut words, None).map_err(failed)?;
+            let words = words.get_splits(OffsetReferential::Normalized, OffsetType::None);
+            ids.extend(words.into_iter().filter_map(|(_, _, tokens)| tokens.as_ref()).flatten().map(|token| token.id));
+        }
+        Ok(ids)
+    }
+
+    /// The tokens beside the model's own vocabulary.
+    pub fn added(&self) -> Vec<AddedToken> {
+        let tokens = self.tokenizer.get_added_vocabulary().get_added_tokens_decoder();
+        let token = |(&id, token): (&u32, &tokenizers::AddedToken)| AddedToken {
+            id,
+            content: token.content.clone(),
+            special: token.special,
+        };
+        let mut tokens: Vec<_> = tokens.iter().map(token).collect();
+        tokens.sort_unstable_by_key(|token| token.id);
+        tokens
+    }
+
+    /// The token that goes before a text that is a whole sequence.
+    pub fn begin(&self) -> Option<u32> {
+        self.prefix
+    }
+
     /// The bytes that a token stands for; `None` for an unknown id.
     pub fn bytes(&self, id: u32) -> Option<Vec<u8>> {
         let token = self.token(id)?;
@@ -150,6 +205,11 @@ impl ModelTokenizer {
     /// Whether a token is left out of the text where special tokens are.
     pub fn is_special(&self, id: u32) -> bool {
         self.token(id).is_some_and(|token| self.tokenizer.get_added_vocabulary().is_special_token(&token))
+    }
+
+    /// Whether a token is one of `added_tokens`.
+    pub fn is_added(&self, id: u32) -> bool {
+        self.tokenizer.get_added_vocabulary().simple_id_to_token(id).is_some()
     }
 
     fn token(&self, id: u32) -> Option<String> {
