@@ -3,6 +3,7 @@
 pub mod api;
 pub mod chat;
 pub mod eval;
+pub mod grammar;
 pub mod heatmap;
 pub mod live;
 pub mod subject;
