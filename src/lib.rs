@@ -5,6 +5,7 @@ pub mod chat;
 pub mod eval;
 pub mod grammar;
 pub mod heatmap;
+pub mod ledger;
 pub mod live;
 pub mod subject;
 pub mod text;
