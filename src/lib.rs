@@ -7,6 +7,8 @@ pub mod grammar;
 pub mod heatmap;
 pub mod ledger;
 pub mod live;
+pub mod remote;
+pub mod serve;
 pub mod subject;
 pub mod text;
 pub mod trace;

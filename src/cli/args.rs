@@ -7,10 +7,16 @@ use moewe_plan::TapChoice;
 
 mod engine;
 mod eval;
+mod load;
+mod serve;
+mod usage;
 mod watch;
 
 pub use engine::EngineArgs;
-pub use eval::{BenchArgs, EvalArgs, EvalCommand, KlArgs, PerplexityArgs, TextArgs};
+pub use eval::{BenchArgs, BenchCommand, EvalArgs, EvalCommand, KlArgs, PerplexityArgs, TextArgs};
+pub use load::LoadArgs;
+pub use serve::{LogArgs, ServeArgs};
+pub use usage::{ByArg, UsageArgs};
 use watch::taps;
 pub use watch::{EditArgs, PaletteArg, PlaceArgs, ThemeArg, ViewArgs, WatchArgs};
 
@@ -25,6 +31,7 @@ pub use watch::{EditArgs, PaletteArg, PlaceArgs, ThemeArg, ViewArgs, WatchArgs};
     after_help = "Examples:\n  \
         moewe run models/demo \"The king said to\" --temperature 0.7\n  \
         moewe chat models/demo\n  \
+        moewe serve models/demo\n  \
         moewe compile models/demo -o demo.moewe && moewe explain demo.moewe\n  \
         moewe inspect config.json --gpu h200 --price-per-gpu-hour 3\n  \
         moewe doctor",
@@ -43,6 +50,8 @@ pub enum Command {
     Run(RunArgs),
     /// Talk with a model in the terminal
     Chat(ChatArgs),
+    /// Serve a model over HTTP, to clients of OpenAI's and DeepSeek's APIs
+    Serve(Box<ServeArgs>),
     /// Watch experts and latents: of a running model in a window, or in a recording
     View(Box<ViewArgs>),
     /// Run one forward pass and write every tensor on the way to a file
@@ -57,6 +66,8 @@ pub enum Command {
     Eval(EvalArgs),
     /// Measure speed, beside what the device's memory allows
     Bench(BenchArgs),
+    /// Show what requests to a server used and cost
+    Usage(UsageArgs),
     /// Show Vulkan devices, their limits and speed, and what moewe would choose
     Doctor(DoctorArgs),
     /// Write a checkpoint with random weights, for benchmarks and tests

@@ -5,6 +5,7 @@ mod floor;
 mod measure;
 mod plain;
 mod prefix;
+mod serve;
 
 use std::sync::Arc;
 
@@ -13,7 +14,7 @@ use moewe_runtime::engine::{Finished, Mtp, Stream};
 use moewe_runtime::{Bandwidth, DeviceType, Error, Model, copy_bandwidth};
 use serde_json::{Value, json};
 
-use super::args::BenchArgs;
+use super::args::{BenchArgs, BenchCommand};
 use super::served::draft_modules;
 use super::{interrupt, model, output, usage};
 use floor::{Floor, Machine};
@@ -48,6 +49,9 @@ struct LeftOut {
 
 /// Measures prefill and decode, drafts and the prefix cache.
 pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
+    if let Some(BenchCommand::Serve(load)) = &args.command {
+        return serve::run(load);
+    }
     let Some(opened) = model::open(&args.model)? else { return Ok(()) };
     let modes = modes(args, draft_modules(opened.plan()))?;
     let bandwidth = copy_bandwidth(opened.gpu())?;

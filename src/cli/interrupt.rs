@@ -18,7 +18,7 @@ pub fn install() {
             }
             std::process::exit(130);
         }
-        STOP.store(!NOTED.load(Ordering::SeqCst), Ordering::SeqCst);
+        stop();
     });
     // Without a handler Ctrl-C ends the program at once, which is acceptable.
     drop(installed);
@@ -39,6 +39,11 @@ pub fn while_waiting<T>(wait: impl FnOnce() -> T) -> T {
 /// Whether Ctrl-C was pressed.
 pub fn is_set() -> bool {
     INTERRUPTED.load(Ordering::SeqCst)
+}
+
+/// Stops work that watches [`flag`], unless Ctrl-C is only noted now.
+pub fn stop() {
+    STOP.store(!NOTED.load(Ordering::SeqCst), Ordering::SeqCst);
 }
 
 /// Goes on after a Ctrl-C that was heeded.

@@ -13,13 +13,16 @@ mod explain;
 mod generate;
 mod inspect;
 mod interrupt;
+mod key;
 mod model;
 mod output;
 mod progress;
 mod run;
+mod serve;
 mod served;
 mod synth;
 mod trace;
+mod usage;
 mod view;
 mod watched;
 
@@ -49,6 +52,7 @@ pub fn run() -> ExitCode {
     let result = match cli.command {
         Command::Run(args) => run::run(&args),
         Command::Chat(args) => chat::run(&args),
+        Command::Serve(args) => serve::run(*args),
         Command::View(args) => view::run(&args),
         Command::Trace(args) => trace::run(&args),
         Command::Compile(args) => compile::run(&args),
@@ -56,6 +60,7 @@ pub fn run() -> ExitCode {
         Command::Explain(args) => explain::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Usage(args) => usage::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Synth(args) => synth::run(&args),
     };

@@ -6,10 +6,12 @@ mod joined;
 use std::path::Path;
 use std::time::Duration;
 
+use anyhow::Context;
 use moewe::live::Live;
+use moewe::remote::{Remote, Server};
 use moewe::subject::subject;
 use moewe::watch::{self, Watch};
-use moewe_plan::parameter_values;
+use moewe_plan::{TapChoice, parameter_values};
 use moewe_runtime::{DeviceType, Gpu};
 use moewe_viewer::app::{self, App};
 use moewe_viewer::colour::Palette;
@@ -18,10 +20,11 @@ use moewe_viewer::selection::Selection;
 use moewe_viewer::source::{Command, Notice, Prompt, Request, Source};
 use moewe_viewer::subject::Subject;
 use moewe_viewer::window;
+use serde_json::{Map, Value};
 
-use super::args::{PaletteArg, PlaceArgs, ViewArgs};
+use super::args::{PaletteArg, PlaceArgs, SamplingArgs, ViewArgs};
 use super::watched::{name, watched_kinds};
-use super::{interrupt, model, output, usage};
+use super::{Usage, interrupt, model, output, usage};
 
 /// Time between two frames where the processor draws them.
 const SOFTWARE_PACE: Duration = Duration::from_millis(400);
@@ -29,7 +32,75 @@ const SOFTWARE_PACE: Duration = Duration::from_millis(400);
 /// Opens a window on a model or a recording, or writes files about it.
 pub fn run(args: &ViewArgs) -> anyhow::Result<()> {
     let path = args.model.path();
-    if path.is_file() { recorded(args, path) } else { live(args) }
+    let address = path.to_str().filter(|text| Server::is_address(text));
+    if args.api_key_file.is_some() && address.is_none() {
+        return usage("--api-key-file is for servers; MODEL is none: give http://HOST:PORT");
+    }
+    match address {
+        Some(address) => served(args, address),
+        None if path.is_file() => recorded(args, path),
+        None => live(args),
+    }
+}
+
+/// Views what a server writes.
+fn served(args: &ViewArgs, address: &str) -> anyhow::Result<()> {
+    if args.against.is_some() {
+        return usage("--against compares recordings; MODEL is a server");
+    }
+    if !args.edits.edits().is_empty() {
+        return usage(format!(
+            "{address}: a server's model cannot be changed; give changes to `moewe view MODEL` or `moewe run MODEL`"
+        ));
+    }
+    if args.sampling.ignore_eos {
+        return usage("--ignore-eos: servers end texts where the model does");
+    }
+    let sampling = &args.sampling;
+    let request = Request {
+        max_new_tokens: sampling.max_new_tokens.unwrap_or(256) as usize,
+        temperature: sampling.temperature.unwrap_or(0.0),
+        seed: sampling.seed,
+        ..Request::default()
+    };
+    let requests = requests(args, &request);
+    if requests.is_empty() && args.export.is_any() {
+        return usage("there is nothing to write files about: a server is watched from now on; give a --prompt");
+    }
+    let server = Server::new(address, key(args)?).map_err(|error| Usage(error.to_string()))?;
+    let Some(gpu) = model::open_device(&args.model.device)? else { return Ok(()) };
+    let taps = args.taps.as_ref().map_or("routing", |taps| &taps.words);
+    let (mut source, subject) = Remote::connect(server, taps, fields(sampling))?;
+    for request in &requests {
+        source.send(Command::Generate(request.clone()));
+    }
+    show(args, Box::new(source), subject, requests, Vec::new(), &gpu)
+}
+
+/// The key that opens a server: the first of a file, or the environment's.
+fn key(args: &ViewArgs) -> anyhow::Result<Option<String>> {
+    let Some(path) = &args.api_key_file else {
+        return Ok(std::env::var("MOEWE_API_KEY").ok().filter(|key| !key.is_empty()));
+    };
+    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
+    // A server's file has a name before each key.
+    let mut keys = lines.map(|line| line.split_whitespace().nth(1).unwrap_or(line));
+    let key = keys.next().with_context(|| format!("{}: there is no key in it", path.display()))?;
+    Ok(Some(key.to_owned()))
+}
+
+/// What requests to a server say of sampling, beside what [`Request`] has.
+fn fields(sampling: &SamplingArgs) -> Map<String, Value> {
+    // As text: 0.9 in 32 bits is not 0.9 in 64.
+    let float = |number: Option<f32>| number.and_then(|number| number.to_string().parse().ok());
+    let fields: [(&str, Option<Value>); 4] = [
+        ("top_k", sampling.top_k.map(Into::into)),
+        ("top_p", float(sampling.top_p)),
+        ("min_p", float(sampling.min_p)),
+        ("repetition_penalty", float(sampling.repetition_penalty)),
+    ];
+    fields.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))).collect()
 }
 
 /// Views a recording.
@@ -91,25 +162,17 @@ fn live(args: &ViewArgs) -> anyhow::Result<()> {
         edits,
         ..Request::default()
     };
-    let mut requests: Vec<Request> = args.prompts.iter().map(|prompt| named(prompt, &request)).collect();
-    if let Some(tokens) = &args.tokens {
-        requests.push(Request { prompt: Prompt::Tokens(tokens.clone()), ..request.clone() });
-    }
+    let requests = requests(args, &request);
     if requests.is_empty() && args.export.is_any() {
         return usage("there is nothing to write files about: give a --prompt, or a recording");
     }
-    let kinds = watched_kinds(&opened, &args.taps)?;
+    let taps = args.taps.as_ref().map_or_else(TapChoice::all, |taps| taps.choice.clone());
+    let kinds = watched_kinds(&opened, &taps)?;
     let loaded = opened.load(&kinds)?;
-    let session = model::session(&loaded, &args.model, &kinds, Some(args.taps.clone()))?;
+    let session = model::session(&loaded, &args.model, &kinds, Some(taps.clone()))?;
     let precision = args.model.precision.into();
-    let subject = subject(
-        &name(args.model.path()),
-        opened.bundle(),
-        opened.text.as_ref(),
-        loaded.gpu(),
-        precision,
-        args.taps.timing,
-    )?;
+    let subject =
+        subject(&name(args.model.path()), opened.bundle(), opened.text.as_ref(), loaded.gpu(), precision, taps.timing)?;
     let gpu = loaded.gpu().clone();
     let watch = Watch::new(session.frame_receiver()?);
     let mut source = Live::new(session, watch, opened.text, options);
@@ -117,6 +180,15 @@ fn live(args: &ViewArgs) -> anyhow::Result<()> {
         source.send(Command::Generate(request.clone()));
     }
     show(args, Box::new(source), subject, requests, Vec::new(), &gpu)
+}
+
+/// The texts that are asked for at once.
+fn requests(args: &ViewArgs, request: &Request) -> Vec<Request> {
+    let mut requests: Vec<Request> = args.prompts.iter().map(|prompt| named(prompt, request)).collect();
+    if let Some(tokens) = &args.tokens {
+        requests.push(Request { prompt: Prompt::Tokens(tokens.clone()), ..request.clone() });
+    }
+    requests
 }
 
 /// A prompt with its name, if it has one: a word before `=`.

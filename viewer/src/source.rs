@@ -37,6 +37,27 @@ pub enum Event {
     Error(String),
 }
 
+impl Event {
+    /// Adds to the numbers of texts and frames, so that they do not meet those of another source.
+    #[must_use]
+    pub fn shifted(mut self, sequences: u32, frames: u64) -> Self {
+        let shift = |number: &mut u32| *number = number.saturating_add(sequences);
+        match &mut self {
+            Self::Begin(info) => {
+                shift(&mut info.number);
+                info.parent.iter_mut().for_each(|(parent, _)| shift(parent));
+            }
+            Self::Token { sequence, .. } | Self::End { sequence, .. } => shift(sequence),
+            Self::Frame(frame) => {
+                frame.number = frame.number.saturating_add(frames);
+                frame.tokens.iter_mut().for_each(|token| shift(&mut token.sequence));
+            }
+            Self::Reset | Self::Dropped(_) | Self::Note(_) | Self::Error(_) => {}
+        }
+        self
+    }
+}
+
 /// What a user asks of a source.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Command {

@@ -44,7 +44,7 @@ pub(super) fn mtp(text: &str) -> Result<Mtp, String> {
 }
 
 /// A number of bytes, with K, M, G or T for powers of 1024.
-fn bytes(text: &str) -> Result<u64, &'static str> {
+pub(super) fn bytes(text: &str) -> Result<u64, &'static str> {
     let digits = text.trim_end_matches(['K', 'M', 'G', 'T']);
     let shift = match &text[digits.len()..] {
         "" => 0,

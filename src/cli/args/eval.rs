@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand, value_parser};
 use moewe_runtime::engine::Mtp;
 
-use super::{ModelArgs, PrecisionArg, engine};
+use super::{LoadArgs, ModelArgs, PrecisionArg, engine};
 
 /// `moewe eval`.
 #[derive(Args, Debug)]
@@ -112,9 +112,18 @@ pub struct TextArgs {
     pub context: Option<usize>,
 }
 
+/// Subcommands of `moewe bench`.
+#[derive(Debug, Subcommand)]
+pub enum BenchCommand {
+    /// Send requests to a running server as many people would, and measure what they see
+    Serve(LoadArgs),
+}
+
 /// `moewe bench`.
 #[derive(Args, Debug)]
 #[command(
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true,
     after_help = "Prompts are random tokens; where drafts are measured, the model goes on with text of its own. Each line is \
         the median of several runs behind one that warms up, beside its floor: the bytes that the run must move, over the \
         speed at which this device copies memory. What does not fit the model's context or the device is left out, with a \
@@ -125,6 +134,10 @@ pub struct TextArgs {
         moewe bench v3.moewe --prompt-tokens 1024 --batch 1,8,64 --context 0,4096 --json > bench.json"
 )]
 pub struct BenchArgs {
+    /// Something else to measure
+    #[command(subcommand)]
+    pub command: Option<BenchCommand>,
+
     #[command(flatten)]
     pub model: ModelArgs,
 

@@ -70,6 +70,21 @@ pub(super) fn taps(text: &str) -> Result<TapChoice, String> {
     text.parse()
 }
 
+/// Taps, and the words that chose them.
+#[derive(Clone, Debug)]
+pub struct Taps {
+    /// As given.
+    pub words: String,
+    /// What they mean.
+    pub choice: TapChoice,
+}
+
+impl Taps {
+    fn of(words: &str) -> Result<Self, String> {
+        Ok(Self { words: words.to_owned(), choice: taps(words)? })
+    }
+}
+
 /// Light or dark.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum ThemeArg {
@@ -93,11 +108,17 @@ fn size(text: &str) -> Result<[u32; 2], String> {
     moewe view models/demo --prompt \"The king said to\"\n  \
     moewe run models/demo \"The king said to\" --record king.moewe-rec && moewe view king.moewe-rec\n  \
     moewe view king.moewe-rec --view routing --layer 3 --screenshot routing.png\n  \
-    moewe view king.moewe-rec --routed-experts routing.npz --chrome-trace time.json")]
+    moewe view king.moewe-rec --routed-experts routing.npz --chrome-trace time.json\n  \
+    moewe serve models/demo --allow-watch & moewe view http://127.0.0.1:8080")]
 pub struct ViewArgs {
-    /// Recording, checkpoint directory or compiled bundle
+    /// Recording, checkpoint directory, compiled bundle, or http://HOST:PORT of a `moewe serve --allow-watch`
     #[command(flatten)]
     pub model: ModelArgs,
+
+    /// What opens a server: a file with a key, alone or as a line of the server's own --api-key-file [default: what
+    /// MOEWE_API_KEY says]
+    #[arg(long, value_name = "FILE")]
+    pub api_key_file: Option<PathBuf>,
 
     /// Text to run at once, with or without a name for it: TEXT or NAME=TEXT; may be given several times
     #[arg(long = "prompt", value_name = "[NAME=]TEXT")]
@@ -114,9 +135,9 @@ pub struct ViewArgs {
     #[arg(long, value_name = "FILE")]
     pub against: Option<PathBuf>,
 
-    /// What to watch of a running model, as for `moewe run --taps`
-    #[arg(long, value_name = "GROUPS", default_value = "all", value_parser = taps)]
-    pub taps: TapChoice,
+    /// What to watch of a running model, as for `moewe run --taps` [default: all; of a server: routing]
+    #[arg(long, value_name = "GROUPS", value_parser = Taps::of)]
+    pub taps: Option<Taps>,
 
     /// Memory for what is shown, in MiB; the oldest goes when it is full
     #[arg(long, value_name = "MIB", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(16..))]

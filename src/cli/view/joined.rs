@@ -23,25 +23,12 @@ impl Joined {
 
     /// An event of the second recording, among those of the first.
     fn shifted(&self, event: Event) -> Option<Event> {
-        let number = |number: u32| SECOND.saturating_add(number);
-        Some(match event {
+        Some(match event.shifted(SECOND, 0) {
             // Both are shown from the beginning, so nothing is ever to be cleared.
             Event::Reset => return None,
             Event::Begin(mut info) => {
-                info.number = number(info.number);
                 info.name = format!("{}: {}", self.name, info.name);
-                info.parent = info.parent.map(|(parent, position)| (number(parent), position));
                 Event::Begin(info)
-            }
-            Event::Token { sequence, token } => Event::Token { sequence: number(sequence), token },
-            Event::End { sequence, reason, tokens_per_second } => {
-                Event::End { sequence: number(sequence), reason, tokens_per_second }
-            }
-            Event::Frame(mut frame) => {
-                for token in &mut frame.tokens {
-                    token.sequence = number(token.sequence);
-                }
-                Event::Frame(frame)
             }
             other => other,
         })

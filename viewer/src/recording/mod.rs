@@ -4,8 +4,11 @@
 
 mod chunk;
 mod decode;
+mod intake;
 mod read;
 mod replay;
+mod texts;
+pub mod wire;
 mod write;
 
 use std::collections::BTreeMap;

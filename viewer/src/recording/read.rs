@@ -114,35 +114,62 @@ impl Layout {
     }
 }
 
+/// Why a first line says nothing.
+pub(super) enum BadHead {
+    /// It is the line of something else.
+    Other(String),
+    /// It is of another version.
+    Version(u64),
+    /// It is not what was written.
+    Damaged(String),
+}
+
+impl BadHead {
+    fn of(self, path: &Path) -> Error {
+        let path = path.into();
+        match self {
+            Self::Other(what) => Error::NotARecording { path, what },
+            Self::Version(found) => Error::Version { path, found },
+            Self::Damaged(what) => Error::Damaged { path, what },
+        }
+    }
+}
+
 /// The first line's subject, and where the line ends.
 fn head(path: &Path, file: &File) -> Result<(Subject, u64), Error> {
-    let not = |what: &str| Error::NotARecording { path: path.into(), what: what.into() };
-    let damaged = |what: String| Error::Damaged { path: path.into(), what };
     let mut reader = BufReader::new(file);
     let mut start = vec![0; HEAD.len()];
     let found = read_up_to(&mut reader, &mut start).map_err(Error::read(path))?;
     start.truncate(found);
-    if found == 0 {
-        return Err(not("it is empty"));
-    } else if start != HEAD.as_bytes()[..found] {
-        return Err(not("it does not begin as one"));
+    if start == HEAD.as_bytes() {
+        reader.take(MAX_HEAD).read_until(b'\n', &mut start).map_err(Error::read(path))?;
     }
-    reader.take(MAX_HEAD).read_until(b'\n', &mut start).map_err(Error::read(path))?;
-    if start.last() != Some(&b'\n') {
-        return Err(damaged(format!("it ends in its first line, after {} bytes, so nothing can be read", start.len())));
+    let subject = parse_head(&start).map_err(|bad| bad.of(path))?;
+    Ok((subject, start.len() as u64))
+}
+
+/// What a first line says, which ends with its newline.
+pub(super) fn parse_head(line: &[u8]) -> Result<Subject, BadHead> {
+    let damaged = |error: serde_json::Error| BadHead::Damaged(format!("first line: {error}"));
+    if line.is_empty() {
+        return Err(BadHead::Other("it is empty".into()));
+    } else if !HEAD.as_bytes().starts_with(&line[..line.len().min(HEAD.len())]) {
+        return Err(BadHead::Other("it does not begin as one".into()));
+    } else if line.last() != Some(&b'\n') {
+        let what = format!("it ends in its first line, after {} bytes, so nothing can be read", line.len());
+        return Err(BadHead::Damaged(what));
     }
-    let version = serde_json::from_slice::<Head>(&start).map_err(|error| damaged(format!("first line: {error}")))?;
+    let version = serde_json::from_slice::<Head>(line).map_err(damaged)?;
     if version.version != u64::from(VERSION) {
-        return Err(Error::Version { path: path.into(), found: version.version });
+        return Err(BadHead::Version(version.version));
     }
-    if !is_sound(&start, &[]) {
-        return Err(damaged(
-            "its first line is not what was written (the hash differs), so nothing can be read".into(),
-        ));
+    if !is_sound(line, &[]) {
+        let what = "its first line is not what was written (the hash differs), so nothing can be read";
+        return Err(BadHead::Damaged(what.into()));
     }
-    let head: WholeHead = serde_json::from_slice(&start).map_err(|error| damaged(format!("first line: {error}")))?;
-    super::check_subject(&head.subject).map_err(|what| damaged(format!("first line: {what}")))?;
-    Ok((head.subject, start.len() as u64))
+    let head: WholeHead = serde_json::from_slice(line).map_err(damaged)?;
+    super::check_subject(&head.subject).map_err(|what| BadHead::Damaged(format!("first line: {what}")))?;
+    Ok(head.subject)
 }
 
 fn read_up_to(reader: &mut impl Read, bytes: &mut [u8]) -> std::io::Result<usize> {

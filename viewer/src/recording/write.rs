@@ -1,6 +1,5 @@
 //! Writing a recording while it happens.
 
-use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -9,10 +8,10 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::chunk::{Filling, check_frame, subject_chunk};
+use super::intake::Intake;
 use super::read::Layout;
-use super::{Entry, Error, HEAD, head_line};
+use super::{Error, HEAD, head_line};
 use crate::source::Event;
-use crate::store::SequenceInfo;
 use crate::subject::Subject;
 
 /// What happened is in the file after this time at the latest, if the disk keeps up.
@@ -29,10 +28,7 @@ pub struct Recorder {
     subject: Subject,
     shared: Arc<Shared>,
     writing: Option<JoinHandle<()>>,
-    /// Tokens of each text so far.
-    texts: BTreeMap<u32, u32>,
-    /// What is added to numbers of texts and of frames.
-    shift: (u32, u64),
+    intake: Intake,
     tokens: u64,
     waited: Duration,
 }
@@ -145,7 +141,7 @@ impl Recorder {
             move || write_chunks(&shared, file)
         });
         let (path, writing) = (path.to_owned(), Some(writing));
-        Self { path, subject, shared, writing, texts: BTreeMap::new(), shift, tokens: 0, waited: Duration::ZERO }
+        Self { path, subject, shared, writing, intake: Intake::new(shift), tokens: 0, waited: Duration::ZERO }
     }
 
     /// Takes in what happened.
@@ -182,35 +178,8 @@ impl Recorder {
         if let Some((kind, what)) = &state.failed {
             return Err(Refused::Write(io::Error::new(*kind, what.clone())));
         }
-        let filling = &mut state.filling;
-        let shifted = |sequence: u32| {
-            sequence.checked_add(self.shift.0).ok_or_else(|| format!("text {sequence} has too large a number"))
-        };
-        match event {
-            Event::Begin(info) => {
-                let parent = info.parent.map(|(parent, at)| Ok::<_, String>((shifted(parent)?, at))).transpose()?;
-                let number = shifted(info.number)?;
-                filling.entry(Entry::Begin(SequenceInfo { number, parent, ..info.clone() }))?;
-                self.texts.insert(info.number, 0);
-            }
-            Event::Token { sequence, token } => {
-                let position = self.texts.get_mut(sequence);
-                let position = position.ok_or_else(|| format!("a token of text {sequence}, which never began"))?;
-                filling.token(shifted(*sequence)?, *position, *token)?;
-                *position += 1;
-                self.tokens += 1;
-            }
-            Event::Frame(frame) => filling.frame(frame, self.shift.0, self.shift.1)?,
-            Event::Dropped(frames) => filling.entry(Entry::Dropped(*frames))?,
-            Event::End { sequence, reason, tokens_per_second } => {
-                let rate = if tokens_per_second.is_finite() { *tokens_per_second } else { 0.0 };
-                let (sequence, reason) = (shifted(*sequence)?, reason.clone());
-                filling.entry(Entry::End { sequence, reason, tokens_per_second: rate })?;
-            }
-            Event::Note(text) => filling.entry(Entry::Note(text.clone()))?,
-            Event::Error(text) => filling.entry(Entry::Error(text.clone()))?,
-            Event::Reset => return Err(Refused::Event("a recording does not go back".into())),
-        }
+        self.intake.take(event, &mut state.filling)?;
+        self.tokens += u64::from(matches!(event, Event::Token { .. }));
         let is_first = state.since.is_none();
         state.since.get_or_insert_with(Instant::now);
         if is_first || state.filling.is_full() {

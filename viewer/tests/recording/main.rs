@@ -9,3 +9,4 @@ mod processes;
 mod replay;
 mod round_trips;
 mod tools;
+mod wire;
