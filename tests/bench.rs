@@ -346,4 +346,7 @@ fn help_text() {
     let said = moewe!["bench", "--help"].ok();
     assert!(said.stdout.lines().all(|line| line.chars().count() <= 100), "{}", said.stdout);
     insta::assert_snapshot!("help_bench", said.stdout);
+    let said = moewe!["bench", "serve", "--help"].ok();
+    assert!(said.stdout.lines().all(|line| line.chars().count() <= 100), "{}", said.stdout);
+    insta::assert_snapshot!("help_bench_serve", said.stdout);
 }

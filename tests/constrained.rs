@@ -75,7 +75,7 @@ fn prompt(random: &mut Random, wanted: &Value) -> String {
     const WORDS: [&str; 12] =
         ["Once", "upon", "a time", "there was", "fn main()", "{\"a\":", "the", "of", "42", "\n", "écoute", "return"];
     let words: Vec<&str> = (0..1 + random.below(12)).map(|_| *random.of(&WORDS)).collect();
-    if random.chance(20) { format!("{} {wanted} ", words.join(" ")) } else { words.join(" ") }
+    if random.chance(4) { format!("{} {wanted} ", words.join(" ")) } else { words.join(" ") }
 }
 
 #[test]
@@ -122,7 +122,7 @@ fn other_formats_and_calls() {
     };
     let syntax = ToolSyntax::DEEPSEEK_V31;
     let mut running = Vec::new();
-    for seed in 0..16 {
+    for seed in 0..8 {
         let pattern = OutputFormat::Regex(r"(yes|no), \d{2} times".into());
         let pattern = || demo.grammars.constraint(&pattern).unwrap().expect("not any text");
         let calls = demo.grammars.tool_calls(&syntax, &[tool("weather"), tool("sun")], &ToolChoice::Required, false);

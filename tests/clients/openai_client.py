@@ -82,12 +82,12 @@ def streams():
     assert reasons[-1] == "length" and not any(reasons[:-1]), reasons
     assert not chunks[-1].choices and all(chunk.usage is None for chunk in chunks[:-1])
     check_usage(chunks[-1].usage)
-    assert sum(bool(chunk.choices and chunk.choices[0].delta.content) for chunk in chunks) > 3, "it comes in pieces"
+    assert sum(bool(chunk.choices and chunk.choices[0].delta.content) for chunk in chunks) > 1, "it comes in pieces"
     with client.chat.completions.stream(model=MODEL, messages=ASK, max_tokens=12, temperature=0,
                                         extra_body={"thinking": {"type": "disabled"}}) as stream:
         for _ in stream:
             pass
-        assert stream.get_final_completion().choices[0].message.content == whole
+        assert stream.current_completion_snapshot.choices[0].message.content == whole
 
 
 def reasoning():
@@ -140,7 +140,8 @@ def logprobs():
 
 
 def tools():
-    answer = chat(tools=[WEATHER], tool_choice="required", max_tokens=200, temperature=1, seed=1)
+    # Left to itself, a model that knows nothing of tools would call them for ever.
+    answer = chat(tools=[WEATHER], tool_choice="required", parallel_tool_calls=False, max_tokens=200, temperature=1, seed=1)
     choice = answer.choices[0]
     assert choice.finish_reason == "tool_calls", choice
     call = choice.message.tool_calls[0]
@@ -153,7 +154,7 @@ def tools():
     assert chat(told, tools=[WEATHER]).choices[0].message.content is not None
     named = {"type": "function", "function": {"name": "get_weather"}}
     with client.chat.completions.stream(model=MODEL, messages=ASK, tools=[WEATHER], tool_choice=named, seed=1,
-                                        max_tokens=200, extra_body={"thinking": {"type": "disabled"}}) as stream:
+                                        parallel_tool_calls=False, max_tokens=200, extra_body={"thinking": {"type": "disabled"}}) as stream:
         kinds = {event.type for event in stream}
         final = stream.get_final_completion().choices[0]
     assert "tool_calls.function.arguments.delta" in kinds, kinds
