@@ -532,7 +532,9 @@ fn synthesised_checkpoints_run() {
 
 #[test]
 fn help_texts() {
-    for command in ["", "run", "chat", "view", "trace", "compile", "inspect", "explain", "doctor", "synth", "serve", "usage"] {
+    for command in
+        ["", "run", "chat", "view", "trace", "compile", "inspect", "explain", "doctor", "synth", "serve", "usage"]
+    {
         let mut args: Vec<std::ffi::OsString> = Vec::new();
         args.extend((!command.is_empty()).then(|| command.into()));
         args.push("--help".into());
