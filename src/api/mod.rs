@@ -27,6 +27,7 @@ pub use request::{
     ChatRequest, CompletionRequest, DetokenizeRequest, Options, OutputFormat, Prompt, TokenizeInput, TokenizeRequest,
     Tool, ToolChoice,
 };
+pub(crate) use wire::kind_of;
 
 /// Characters of a client's text that errors show.
 const TEXT_SHOWN: usize = 64;

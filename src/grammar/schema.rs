@@ -4,6 +4,7 @@ use llguidance::api::GrammarWithLexer;
 use serde_json::{Map, Value, json};
 
 use super::{GrammarError, finite, one_of};
+use crate::api::kind_of;
 
 /// Most values (objects, lists, strings, numbers, …) that a schema may consist of.
 const MOST_VALUES: usize = 20_000;
@@ -24,7 +25,7 @@ pub(super) fn grammar(schema: &Value) -> Result<GrammarWithLexer, GrammarError> 
         Value::Object(schema) => Value::Object(schema.clone()),
         Value::Bool(true) => json!({}),
         Value::Bool(false) => return Err(refused("it is false, which nothing fits")),
-        other => return Err(refused(&format!("it is {}, expected an object", kind(other)))),
+        other => return Err(refused(&format!("it is {}, expected an object", kind_of(other)))),
     };
     let mut size = Size::default();
     size.measure(&schema, 1)?;
@@ -69,17 +70,6 @@ fn options(unicode_escapes: bool) -> Value {
 
 fn refused(reason: &str) -> GrammarError {
     GrammarError::Schema { reason: reason.into() }
-}
-
-fn kind(value: &Value) -> &'static str {
-    match value {
-        Value::Null => "null",
-        Value::Bool(_) => "a boolean",
-        Value::Number(_) => "a number",
-        Value::String(_) => "a string",
-        Value::Array(_) => "a list",
-        Value::Object(_) => "an object",
-    }
 }
 
 /// What a schema consists of.
@@ -177,7 +167,7 @@ const FORMATS: [&str; 10] =
 /// Refuses what must not reach the compiler, which panics at some values of wrong kinds when it wants to show them.
 fn check(schema: &mut Map<String, Value>) -> Result<(), GrammarError> {
     for (keyword, expected) in KEYWORDS {
-        let found = schema.get(keyword).map(kind).filter(|found| !expected.contains(found));
+        let found = schema.get(keyword).map(kind_of).filter(|found| !expected.contains(found));
         if let Some(found) = found {
             return Err(refused(&format!("`{keyword}` is {found}, expected {}", expected.join(" or "))));
         }
@@ -187,7 +177,7 @@ fn check(schema: &mut Map<String, Value>) -> Result<(), GrammarError> {
     }
     let names = schema.get("required").and_then(Value::as_array);
     if let Some(other) = names.into_iter().flatten().find(|name| !name.is_string()) {
-        return Err(refused(&format!("`required` lists {}, expected strings", kind(other))));
+        return Err(refused(&format!("`required` lists {}, expected strings", kind_of(other))));
     }
     match schema.get("$ref") {
         Some(Value::String(reference)) if !reference.starts_with('#') => {

@@ -161,7 +161,7 @@ fn from_regex(param: &str, pattern: String) -> Result<OutputFormat, ApiError> {
 }
 
 /// What a value is, for errors.
-pub(super) fn kind_of(value: &Value) -> &'static str {
+pub(crate) fn kind_of(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
         Value::Bool(_) => "a boolean",

@@ -21,6 +21,7 @@ use std::ops::{Bound, RangeBounds, RangeInclusive};
 pub(super) use chat::ChatBody;
 pub(super) use completion::CompletionBody;
 pub(super) use format::FormatBody;
+pub(crate) use format::kind_of;
 pub(super) use options::OptionsBody;
 pub(super) use tokens::{DetokenizeBody, TokenizeBody};
 
