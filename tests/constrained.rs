@@ -74,7 +74,7 @@ impl Demo {
 fn prompt(random: &mut Random, wanted: &Value) -> String {
     const WORDS: [&str; 12] =
         ["Once", "upon", "a time", "there was", "fn main()", "{\"a\":", "the", "of", "42", "\n", "écoute", "return"];
-    let words: Vec<&str> = (0..1 + random.below(12)).map(|_| *random.of(&WORDS)).collect();
+    let words: Vec<&str> = (0..=random.below(12)).map(|_| *random.of(&WORDS)).collect();
     if random.chance(4) { format!("{} {wanted} ", words.join(" ")) } else { words.join(" ") }
 }
 

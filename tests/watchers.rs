@@ -154,12 +154,15 @@ fn too_few_bytes_for_frames_are_an_error_or_shorter_passes() {
     all_pages_are_free(&engine);
 }
 
+/// Text, rows and reason of each request.
+type Seen = BTreeMap<u32, (Vec<u32>, Rows, String)>;
+
 /// All that a watcher saw of each request until so many had ended: text, rows, reason.
-fn seen(watcher: &Watcher, mut ends: usize) -> (BTreeMap<u32, (Vec<u32>, Rows, String)>, u64) {
-    let mut all: BTreeMap<u32, (Vec<u32>, Rows, String)> = BTreeMap::new();
+fn seen(watcher: &Watcher, mut ends: usize) -> (Seen, u64) {
+    let mut all = Seen::new();
     let (mut dropped, mut number) = (0, None);
     while ends > 0 {
-        match watcher.recv_timeout(Duration::from_secs(60)).expect("an event") {
+        match watcher.recv_timeout(Duration::from_mins(1)).expect("an event") {
             Watched::Began { request, prompt } => {
                 assert!(all.insert(request, (prompt, Rows::new(), String::new())).is_none());
             }
@@ -286,7 +289,7 @@ fn a_watcher_that_goes_takes_its_taps_with_it() {
     let watcher = engine.watch(TapChoice::all()).unwrap();
     let mut other = engine.submit(request(4, 20, 150)).unwrap();
     other.recv().unwrap();
-    while !matches!(watcher.recv_timeout(Duration::from_secs(60)), Some(Watched::Frame(_))) {}
+    while !matches!(watcher.recv_timeout(Duration::from_mins(1)), Some(Watched::Frame(_))) {}
     drop(watcher);
     drafted(stream);
     engine.cancel(other.id());

@@ -238,7 +238,7 @@ fn tell_of_tools(shown: System, messages: &mut Vec<Message>, told: &str) {
             *content += &format!("\n\n{told}");
         }
         Some(message) => {
-            message.content = Some(format!("{told}\n\n{}", message.content.as_deref().unwrap_or_default()))
+            message.content = Some(format!("{told}\n\n{}", message.content.as_deref().unwrap_or_default()));
         }
         None => messages.insert(0, Message::new(role, told)),
     }

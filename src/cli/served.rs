@@ -22,7 +22,7 @@ const LOOK: Duration = Duration::from_millis(20);
 /// What generates.
 pub enum Generator {
     /// An engine.
-    Served(Served),
+    Served(Box<Served>),
     /// A watched session, since something is recorded or changed.
     Watched(Box<Runner>),
 }
@@ -38,7 +38,7 @@ impl Generator {
     ) -> anyhow::Result<(Arc<Model>, Self)> {
         if watch.record.is_none() && edits.edits().is_empty() {
             let (model, served) = Served::new(opened, args, engine, max_sequences, others)?;
-            return Ok((model, Self::Served(served)));
+            return Ok((model, Self::Served(Box::new(served))));
         }
         let what = if watch.record.is_some() { "recorded with --record" } else { "changed" };
         if matches!(engine.mtp, Mtp::Fixed(_)) {

@@ -33,9 +33,9 @@ pub fn run(args: &LoadArgs) -> anyhow::Result<()> {
         }
     })?;
     if args.json {
-        output::json(&figures.json(args))?
+        output::json(&figures.json(args))?;
     } else {
-        output::write(&figures.text(args))?
+        output::write(&figures.text(args))?;
     }
     match figures.failure() {
         Some(failure) => Err(anyhow::anyhow!(failure)),

@@ -12,7 +12,7 @@ use crate::cli::args::LoadArgs;
 use crate::cli::key;
 
 /// A request that takes longer has failed.
-const PATIENCE: Duration = Duration::from_secs(900);
+const PATIENCE: Duration = Duration::from_mins(15);
 /// Longest line of an answer that is believed.
 const LONGEST: usize = 16 << 20;
 
@@ -146,16 +146,14 @@ async fn read(response: Response, begun: Instant) -> anyhow::Result<Done> {
             let event = text.trim_end_matches('\r').strip_prefix("data: ");
             match event {
                 Some("[DONE]") => ended = true,
-                Some(event) => {
-                    if take(&mut done, event)? {
-                        let now = Instant::now();
-                        first.get_or_insert(now);
-                        if let Some(last) = last.replace(now) {
-                            done.between.push(now - last);
-                        }
+                Some(event) if take(&mut done, event)? => {
+                    let now = Instant::now();
+                    first.get_or_insert(now);
+                    if let Some(last) = last.replace(now) {
+                        done.between.push(now - last);
                     }
                 }
-                None => {}
+                Some(_) | None => {}
             }
             line.clear();
         }
