@@ -1,8 +1,8 @@
 //! The HTTP server: OpenAI's API as DeepSeek extends it, over one model.
 //!
-//! A connection ([`connections`]) is watched over by [`io`], so that a client that sends or reads nothing costs little and not
-//! for long. A request goes through [`routes`] (path, key, body) to [`chat`] or [`completions`], which make prompts of it and
-//! hand them to [`generate`]: that follows the engine's events, has tokens recorded before they are sent, and cancels what a
+//! A connection (`connections`) is watched over by `io`, so that a client that sends or reads nothing costs little and not
+//! for long. A request goes through `routes` (path, key, body) to `chat` or `completions`, which make prompts of it and
+//! hand them to `generate`: that follows the engine's events, has tokens recorded before they are sent, and cancels what a
 //! client no longer waits for. A stream is a task of its own, which ends when its client has gone; an answer in one piece is
 //! part of its connection, and is dropped with it.
 
