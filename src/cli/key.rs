@@ -15,7 +15,8 @@ pub fn presented(file: Option<&Path>) -> anyhow::Result<Option<String>> {
     match words[..] {
         [key] | [_, key, ..] => Ok(Some(key.to_owned())),
         [] => {
-            bail!("--api-key-file: {} has no key; expected a line with a key, or with a name and a key", file.display())
+            let expected = "expected a line with a key, or with a name and a key";
+            bail!("--api-key-file: {}: there is no key in it; {expected}", file.display())
         }
     }
 }

@@ -6,7 +6,6 @@ mod joined;
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::Context;
 use moewe::live::Live;
 use moewe::remote::{Remote, Server};
 use moewe::subject::subject;
@@ -24,7 +23,7 @@ use serde_json::{Map, Value};
 
 use super::args::{PaletteArg, PlaceArgs, SamplingArgs, ViewArgs};
 use super::watched::{name, watched_kinds};
-use super::{Usage, interrupt, model, output, usage};
+use super::{Usage, interrupt, key, model, output, usage};
 
 /// Time between two frames where the processor draws them.
 const SOFTWARE_PACE: Duration = Duration::from_millis(400);
@@ -67,7 +66,8 @@ fn served(args: &ViewArgs, address: &str) -> anyhow::Result<()> {
     if requests.is_empty() && args.export.is_any() {
         return usage("there is nothing to write files about: a server is watched from now on; give a --prompt");
     }
-    let server = Server::new(address, key(args)?).map_err(|error| Usage(error.to_string()))?;
+    let server = Server::new(address, key::presented(args.api_key_file.as_deref())?)
+        .map_err(|error| Usage(error.to_string()))?;
     let Some(gpu) = model::open_device(&args.model.device)? else { return Ok(()) };
     let taps = args.taps.as_ref().map_or("routing", |taps| &taps.words);
     let (mut source, subject) = Remote::connect(server, taps, fields(sampling))?;
@@ -75,19 +75,6 @@ fn served(args: &ViewArgs, address: &str) -> anyhow::Result<()> {
         source.send(Command::Generate(request.clone()));
     }
     show(args, Box::new(source), subject, requests, Vec::new(), &gpu)
-}
-
-/// The key that opens a server: the first of a file, or the environment's.
-fn key(args: &ViewArgs) -> anyhow::Result<Option<String>> {
-    let Some(path) = &args.api_key_file else {
-        return Ok(std::env::var("MOEWE_API_KEY").ok().filter(|key| !key.is_empty()));
-    };
-    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
-    // A server's file has a name before each key.
-    let mut keys = lines.map(|line| line.split_whitespace().nth(1).unwrap_or(line));
-    let key = keys.next().with_context(|| format!("{}: there is no key in it", path.display()))?;
-    Ok(Some(key.to_owned()))
 }
 
 /// What requests to a server say of sampling, beside what [`Request`] has.
