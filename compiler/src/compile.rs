@@ -245,7 +245,11 @@ fn requirements(profile: &Profile, kernels: &Kernels) -> Result<Requirements> {
         storage_buffers: kernels.list.iter().map(storage).max().unwrap_or(0),
         workgroup_invocations: kernels.list.iter().map(|k| k.workgroup_size.iter().product()).max().unwrap_or(1),
         workgroup_bytes: kernels.linked.iter().map(|linked| linked.workgroup_bytes).max().unwrap_or(0),
-        subgroup_invocations: if kernels.linked.iter().any(|linked| linked.subgroups) { profile.lanes } else { 0 },
+        subgroup_invocations: match kernels.linked.iter().any(|linked| linked.subgroups) {
+            false => 0,
+            true if profile.pool_inputs => profile.lanes.max(8),
+            true => profile.lanes,
+        },
     };
     let limits = [
         ("storage_buffers", profile.storage_buffers, requirements.storage_buffers),

@@ -29,6 +29,11 @@ pub struct Profile {
     pub workgroup: u32,
     /// Invocations that share a row of a matrix; a power of two.
     pub lanes: u32,
+    /// Rows of a matrix that such invocations go through together, in batches of a few tokens.
+    pub rows: u32,
+    /// Whether the invocations of a subgroup load the numbers that a matrix is multiplied with together, each a part, and hand
+    /// them to one another. For lanes 1 and subgroups of eight or more.
+    pub pool_inputs: bool,
     /// Tokens that share a row of a matrix in batches of more than a few tokens.
     pub token_tile: u32,
 }
@@ -66,7 +71,7 @@ impl Profile {
         // serde does not say which field has a wrong number.
         for field in ["max_binding_bytes", "storage_buffers", "workgroup_invocations", "workgroup_bytes", "workgroup"]
             .into_iter()
-            .chain(["lanes", "token_tile"])
+            .chain(["lanes", "rows", "token_tile"])
         {
             let limit = if field == "max_binding_bytes" { 1 << 48 } else { u32::MAX.into() };
             let found = value.get(field).map_or_else(|| "absent".into(), |value| clip(&value.to_string()));
@@ -91,6 +96,12 @@ impl Profile {
         }
         if self.subgroup_size.is_some_and(|size| self.lanes > size) {
             return Err(format!("lanes {} exceed subgroup_size", self.lanes));
+        }
+        if self.pool_inputs && (self.lanes != 1 || self.subgroup_size.is_none_or(|size| size < 8)) {
+            return Err("pool_inputs needs lanes 1 and a subgroup_size of 8 or more".into());
+        }
+        if !(1..=16).contains(&self.rows) {
+            return Err(format!("rows is {}, 1 … 16 are expected", self.rows));
         }
         if self.workgroup < 32 || !(1..=64).contains(&self.token_tile) || self.max_binding_bytes < 1024 {
             return Err("workgroup ≥ 32, token_tile 1 … 64 and max_binding_bytes ≥ 1024 are expected".into());

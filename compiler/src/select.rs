@@ -2,7 +2,7 @@
 //! why it chose.
 
 use moewe_plan::{FINISHED_STEPS, LOGPROB_TOP, PAGE_TOKENS, Precision, WeightFormat};
-use moewe_shaders::{Latent, Reduce, Variant};
+use moewe_shaders::{BLOCK, Latent, Reduce, Variant};
 
 use crate::config::{Scoring, TopkMethod};
 use crate::graph::{Asked, Mla, RouterRule, top_tokens as top_count};
@@ -44,9 +44,19 @@ pub struct Stored {
 }
 
 impl Selector<'_> {
+    /// Rows of a matrix that a workgroup goes through at a time.
+    pub fn lines(&self) -> u64 {
+        u64::from(self.profile.workgroup / self.profile.lanes)
+    }
+
+    /// Rows of a matrix that each of them goes through. Where tokens share rows, an invocation has enough to hold.
+    fn rows(&self) -> usize {
+        if self.tile == 1 { self.profile.rows as usize } else { 1 }
+    }
+
     /// Rows of a matrix that a workgroup computes.
     pub fn rows_per_workgroup(&self) -> u64 {
-        u64::from(self.profile.workgroup / self.profile.lanes)
+        self.lines() * self.rows() as u64
     }
 
     /// Where latents are stored as what.
@@ -64,11 +74,13 @@ impl Selector<'_> {
             (lanes, Some(_)) => format!("{lanes} lanes a row, added by subgroup shuffles"),
             (lanes, None) => format!("{lanes} lanes a row, added through workgroup memory"),
         };
-        let tile = match self.tile {
-            1 => "each token reads its rows".to_owned(),
-            tile => format!("{tile} tokens share a row that was read"),
+        let tile = match (self.tile, self.profile.rows) {
+            (1, 1) => "each token reads its rows".to_owned(),
+            (1, rows) => format!("each token reads its rows, {rows} at a time"),
+            (tile, _) => format!("{tile} tokens share a row that was read"),
         };
-        format!("profile {}: {lanes}; {tile}", self.profile.name)
+        let inputs = if self.profile.pool_inputs { "; a subgroup loads inputs together" } else { "" };
+        format!("profile {}: {lanes}; {tile}{inputs}", self.profile.name)
     }
 
     fn matrix(&self, kernel: &'static str, stored: Stored, k: usize) -> Variant {
@@ -77,11 +89,20 @@ impl Selector<'_> {
             (_, Some(_)) => Reduce::Subgroup,
             (_, None) => Reduce::Workgroup,
         };
+        let wide = k.is_multiple_of(BLOCK) && stored.scales.is_none_or(|scales| scales.block[1].is_multiple_of(BLOCK));
         scaled(Variant::new(kernel), stored)
             .reduce(reduce)
+            .wide(wide)
             .flag("aligned", k.is_multiple_of(4))
             .int("WG", self.profile.workgroup as usize)
             .int("LANES", self.profile.lanes as usize)
+    }
+
+    /// The same for kernels that go through several rows, and whose rows all have one input.
+    fn rows_of_matrix(&self, kernel: &'static str, stored: Stored, k: usize) -> Variant {
+        let variant = self.matrix(kernel, stored, k).int("ROWS", self.rows());
+        let pooled = self.profile.pool_inputs && variant.wide;
+        variant.flag("pooled", pooled)
     }
 
     /// Matrix product with what is fused into it.
@@ -93,18 +114,22 @@ impl Selector<'_> {
         flags: &[(&'static str, bool)],
         eps: Option<f64>,
     ) -> Variant {
-        let variant = self.matrix("linear", stored, k).int("N", n).int("K", k).int("TILE", self.tile);
+        let variant = self.rows_of_matrix("linear", stored, k).int("N", n).int("K", k).int("TILE", self.tile);
         with_norm(flags.iter().fold(variant, |variant, (flag, on)| variant.flag(flag, *on)), eps)
     }
 
     /// First half of routed experts.
     pub fn experts_gate_up(&self, stored: Stored, n: usize, k: usize, top_k: usize, eps: Option<f64>) -> Variant {
-        with_norm(self.matrix("experts_gate_up", stored, k).int("N", n).int("K", k).int("TOP_K", top_k), eps)
+        with_norm(self.rows_of_matrix("experts_gate_up", stored, k).int("N", n).int("K", k).int("TOP_K", top_k), eps)
     }
 
     /// Second half of routed experts.
     pub fn experts_down(&self, stored: Stored, n: usize, k: usize, top_k: usize, residual: bool) -> Variant {
-        self.matrix("experts_down", stored, k).int("N", n).int("K", k).int("TOP_K", top_k).flag("residual", residual)
+        self.rows_of_matrix("experts_down", stored, k)
+            .int("N", n)
+            .int("K", k)
+            .int("TOP_K", top_k)
+            .flag("residual", residual)
     }
 
     /// Value half of absorbed attention. `edit`: heads are scaled by a parameter.

@@ -11,7 +11,7 @@ use wesl::syntax::{
 };
 use wesl::{CompileOptions, Feature, Features, Mangler, VirtualResolver};
 
-use crate::skeleton::{SHARED, skeleton};
+use crate::skeleton::{BLOCK_NARROW, BLOCK_WIDE, MODULE_FLAGS, SHARED, skeleton};
 use crate::variant::{Const, Reduce, Variant};
 
 /// A linked and validated kernel.
@@ -44,7 +44,7 @@ pub fn link(variant: &Variant) -> Result<Linked, Error> {
     let fail = |what: String| Error { variant: variant.name(), what };
     let skeleton = skeleton(variant.kernel).ok_or_else(|| fail("no such kernel".into()))?;
     let sockets = [
-        ("weight", skeleton.weight, variant.weight.is_some()),
+        ("weight", skeleton.weight || skeleton.matrix, variant.weight.is_some()),
         ("latent", skeleton.latent, variant.latent.is_some()),
         ("reduce", skeleton.reduce, variant.reduce.is_some()),
     ];
@@ -63,10 +63,16 @@ pub fn link(variant: &Variant) -> Result<Linked, Error> {
     }
     add("tune", tune(variant));
     variant.weight_source().into_iter().for_each(|source| add("weight", source.to_owned()));
+    if skeleton.matrix {
+        add("block", if variant.wide { BLOCK_WIDE } else { BLOCK_NARROW }.to_owned());
+        variant.matrix_source().into_iter().for_each(|source| add("matrix", source.to_owned()));
+    }
     variant.latent.into_iter().for_each(|latent| add("latent", latent.source().to_owned()));
     variant.reduce.into_iter().for_each(|reduce| add("reduce", reduce.source().to_owned()));
 
-    let flags = skeleton.flags.iter().map(|flag| ((*flag).to_owned(), Feature::from(variant.flags.contains(flag))));
+    // Modules that a skeleton imports may ask for flags that it does not have: those are off.
+    let flags = skeleton.flags.iter().chain(MODULE_FLAGS);
+    let flags = flags.map(|flag| ((*flag).to_owned(), Feature::from(variant.flags.contains(flag))));
     let options = CompileOptions {
         validate: false, // naga is the validator
         features: Features { default: Feature::Error, flags: flags.collect::<HashMap<_, _>>() },
@@ -77,7 +83,8 @@ pub fn link(variant: &Variant) -> Result<Linked, Error> {
     let mut syntax = compiled.syntax;
     renumber(&mut syntax).map_err(fail)?;
     let wgsl = format!("{}\n{syntax}\n", header(skeleton.source, variant));
-    reflect(wgsl, variant.reduce == Some(Reduce::Subgroup)).map_err(fail)
+    let subgroups = variant.reduce == Some(Reduce::Subgroup) || variant.flags.contains("pooled");
+    reflect(wgsl, subgroups).map_err(fail)
 }
 
 fn module(name: &str) -> ModulePath {

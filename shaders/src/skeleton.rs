@@ -9,8 +9,10 @@ pub struct Skeleton {
     pub source: &'static str,
     /// Flags that switch parts of it on.
     pub flags: &'static [&'static str],
-    /// Whether it decodes weights.
+    /// Whether it decodes weights, four numbers at a time.
     pub weight: bool,
+    /// Whether it multiplies rows of weights, a block at a time.
+    pub matrix: bool,
     /// Whether it reads or writes the latent cache.
     pub latent: bool,
     /// Whether several invocations may share a row.
@@ -29,20 +31,25 @@ macro_rules! skeleton {
     };
 }
 
-const EMPTY: Skeleton = Skeleton { name: "", source: "", flags: &[], weight: false, latent: false, reduce: false };
+const EMPTY: Skeleton =
+    Skeleton { name: "", source: "", flags: &[], weight: false, matrix: false, latent: false, reduce: false };
 
 /// Every kernel.
 pub const SKELETONS: &[Skeleton] = &[
-    skeleton!("absorb_output", ["aligned", "edit", "scaled"], [weight, reduce]),
-    skeleton!("absorb_query", ["interleave", "scaled"], [weight]),
+    skeleton!("absorb_output", ["aligned", "edit", "half_scales", "scaled"], [matrix, reduce]),
+    skeleton!("absorb_query", ["half_scales", "interleave", "scaled"], [weight]),
     skeleton!("accept", [], []),
-    skeleton!("embed", ["scaled"], [weight]),
-    skeleton!("experts_down", ["aligned", "residual", "scaled"], [weight, reduce]),
-    skeleton!("experts_gate_up", ["aligned", "norm", "scaled"], [weight, reduce]),
+    skeleton!("embed", ["half_scales", "scaled"], [weight]),
+    skeleton!("experts_down", ["aligned", "half_scales", "residual", "scaled", "pooled"], [matrix, reduce]),
+    skeleton!("experts_gate_up", ["aligned", "half_scales", "norm", "scaled", "pooled"], [matrix, reduce]),
     skeleton!("gather_rows", [], []),
     skeleton!("latent_attention", ["holes"], [latent]),
     skeleton!("latent_write", ["edit", "interleave", "tapped"], [latent]),
-    skeleton!("linear", ["aligned", "bias", "gated", "norm", "residual", "scaled"], [weight, reduce]),
+    skeleton!(
+        "linear",
+        ["aligned", "bias", "gated", "half_scales", "norm", "residual", "scaled", "second", "pooled"],
+        [matrix, reduce]
+    ),
     skeleton!("mtp_join", [], []),
     skeleton!("propose", [], []),
     skeleton!("rms_norm", [], []),
@@ -64,10 +71,20 @@ pub(crate) const SHARED: &[(&str, &str)] = &[
     ("scale", include_str!("../wesl/scale.wesl")),
 ];
 
+/// Flags that shared modules and plugs ask for.
+pub(crate) const MODULE_FLAGS: &[&str] = &["half_scales", "pooled"];
+
 pub(crate) const WEIGHT_F32: &str = include_str!("../wesl/weight/f32.wesl");
 pub(crate) const WEIGHT_BF16: &str = include_str!("../wesl/weight/bf16.wesl");
 pub(crate) const WEIGHT_F16: &str = include_str!("../wesl/weight/f16.wesl");
 pub(crate) const WEIGHT_FP8: &str = include_str!("../wesl/weight/fp8.wesl");
+pub(crate) const BLOCK_NARROW: &str = include_str!("../wesl/block/narrow.wesl");
+pub(crate) const BLOCK_WIDE: &str = include_str!("../wesl/block/wide.wesl");
+pub(crate) const MATRIX_NARROW: &str = include_str!("../wesl/matrix/narrow.wesl");
+pub(crate) const MATRIX_WIDE_2: &str = include_str!("../wesl/matrix/wide_2.wesl");
+pub(crate) const MATRIX_WIDE_4: &str = include_str!("../wesl/matrix/wide_4.wesl");
+pub(crate) const MATRIX_WIDE_8: &str = include_str!("../wesl/matrix/wide_8.wesl");
+pub(crate) const MATRIX_WIDE_16: &str = include_str!("../wesl/matrix/wide_16.wesl");
 pub(crate) const LATENT_F32: &str = include_str!("../wesl/latent/f32.wesl");
 pub(crate) const LATENT_F16: &str = include_str!("../wesl/latent/f16.wesl");
 pub(crate) const REDUCE_NONE: &str = include_str!("../wesl/reduce/none.wesl");

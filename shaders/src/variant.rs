@@ -6,8 +6,8 @@ use std::fmt;
 use moewe_plan::WeightFormat;
 
 use crate::skeleton::{
-    LATENT_F16, LATENT_F32, REDUCE_NONE, REDUCE_SUBGROUP, REDUCE_WORKGROUP, WEIGHT_BF16, WEIGHT_F16, WEIGHT_F32,
-    WEIGHT_FP8,
+    LATENT_F16, LATENT_F32, MATRIX_NARROW, MATRIX_WIDE_4, MATRIX_WIDE_8, MATRIX_WIDE_16, REDUCE_NONE, REDUCE_SUBGROUP,
+    REDUCE_WORKGROUP, WEIGHT_BF16, WEIGHT_F16, WEIGHT_F32, WEIGHT_FP8,
 };
 
 /// Value of a constant of the module `tune`.
@@ -90,14 +90,19 @@ impl Reduce {
     }
 }
 
+/// Numbers of a block: what kernels that multiply rows of weights read at a time where rows divide into blocks.
+pub const BLOCK: usize = 32;
+
 /// One build of a kernel. It is the key under which equal kernels are one, and its [`Variant::name`] is the name of the
 /// file, of the pipeline and of the snapshot.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Variant {
     /// The skeleton's name.
     pub kernel: &'static str,
-    /// Format of the weights, if the skeleton has that socket.
+    /// Format of the weights, if the skeleton has a socket for them.
     pub weight: Option<WeightFormat>,
+    /// Whether rows of weights are read in blocks of [`BLOCK`] numbers instead of four.
+    pub wide: bool,
     /// Storage of latents, if the skeleton has that socket.
     pub latent: Option<Latent>,
     /// How lanes add up, if the skeleton has that socket.
@@ -111,7 +116,15 @@ pub struct Variant {
 impl Variant {
     /// A variant without plugs, flags and constants.
     pub fn new(kernel: &'static str) -> Self {
-        Self { kernel, weight: None, latent: None, reduce: None, flags: BTreeSet::new(), consts: BTreeMap::new() }
+        Self {
+            kernel,
+            weight: None,
+            wide: false,
+            latent: None,
+            reduce: None,
+            flags: BTreeSet::new(),
+            consts: BTreeMap::new(),
+        }
     }
 
     /// Plugs in a weight format. FP8 comes with scales: flag `scaled`.
@@ -119,6 +132,13 @@ impl Variant {
     pub fn weight(mut self, format: WeightFormat) -> Self {
         self.weight = Some(format);
         self.flag("scaled", format == WeightFormat::Fp8)
+    }
+
+    /// Reads rows of weights in blocks of [`BLOCK`] numbers; they must divide into them.
+    #[must_use]
+    pub fn wide(mut self, wide: bool) -> Self {
+        self.wide = wide;
+        self
     }
 
     /// Plugs in a storage of latents.
@@ -164,6 +184,7 @@ impl Variant {
     pub fn name(&self) -> String {
         let mut parts = vec![self.kernel.to_owned()];
         parts.extend(self.weight.map(|format| format.name().to_owned()));
+        parts.extend(self.wide.then(|| "wide".to_owned()));
         parts.extend(self.latent.map(|latent| latent.name().to_owned()));
         parts.extend(self.reduce.map(|reduce| reduce.name().to_owned()));
         parts.extend(self.flags.iter().filter(|flag| **flag != "scaled").map(|&flag| flag.to_owned()));
@@ -182,6 +203,15 @@ impl Variant {
             WeightFormat::Bf16 => WEIGHT_BF16,
             WeightFormat::F16 => WEIGHT_F16,
             WeightFormat::Fp8 => WEIGHT_FP8,
+        })
+    }
+
+    pub(crate) fn matrix_source(&self) -> Option<&'static str> {
+        self.weight.map(|format| match format {
+            _ if !self.wide => MATRIX_NARROW,
+            WeightFormat::F32 => MATRIX_WIDE_16,
+            WeightFormat::Bf16 | WeightFormat::F16 => MATRIX_WIDE_8,
+            WeightFormat::Fp8 => MATRIX_WIDE_4,
         })
     }
 }

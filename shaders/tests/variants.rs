@@ -1,7 +1,7 @@
 //! Every skeleton links and validates for every legal combination of flags and plugs, without a GPU.
 
 use moewe_plan::{Access, WeightFormat};
-use moewe_shaders::{Latent, Reduce, SKELETONS, Variant, link};
+use moewe_shaders::{Latent, Reduce, SKELETONS, Skeleton, Variant, link};
 
 const FORMATS: [WeightFormat; 4] = [WeightFormat::F32, WeightFormat::Bf16, WeightFormat::F16, WeightFormat::Fp8];
 
@@ -14,6 +14,8 @@ fn with_shapes(kernel: &'static str) -> Variant {
         ("V", 70),
         ("WG", 64),
         ("LANES", 4),
+        ("ROWS", 2),
+        ("N2", 6),
         ("TILE", 3),
         ("TOP_K", 2),
         ("E", 8),
@@ -43,15 +45,18 @@ fn with_shapes(kernel: &'static str) -> Variant {
     variant
 }
 
-fn plugs(variant: &Variant, weight: bool, latent: bool, reduce: bool) -> Vec<Variant> {
+fn plugs(variant: &Variant, skeleton: &Skeleton) -> Vec<Variant> {
     let mut all = vec![variant.clone()];
-    if weight {
+    if skeleton.weight || skeleton.matrix {
         all = all.iter().flat_map(|v| FORMATS.map(|format| v.clone().weight(format))).collect();
     }
-    if latent {
+    if skeleton.matrix {
+        all = all.iter().flat_map(|v| [v.clone(), v.clone().int("K", 64).wide(true)]).collect();
+    }
+    if skeleton.latent {
         all = all.iter().flat_map(|v| [Latent::F32, Latent::F16].map(|l| v.clone().latent(l))).collect();
     }
-    if reduce {
+    if skeleton.reduce {
         let ways = [(Reduce::None, 1), (Reduce::Workgroup, 4), (Reduce::Subgroup, 4)];
         all = all.iter().flat_map(|v| ways.map(|(way, lanes)| v.clone().reduce(way).int("LANES", lanes))).collect();
     }
@@ -74,11 +79,20 @@ fn every_variant_links_and_validates() {
             if has("gated") && (has("bias") || has("residual")) {
                 continue;
             }
+            // Nothing is fused with a second matrix but a norm.
+            if has("second") && (has("gated") || has("bias") || has("residual")) {
+                continue;
+            }
             // One token is asked for, or none.
             if ["next", "given", "ring"].into_iter().filter(|flag| has(flag)).count() > 1 {
                 continue;
             }
-            for variant in plugs(&variant, skeleton.weight, skeleton.latent, skeleton.reduce) {
+            for variant in plugs(&variant, skeleton) {
+                // Inputs are shared by invocations with rows of their own, in blocks.
+                let alone = variant.reduce == Some(Reduce::None) && variant.wide && has("aligned");
+                if has("pooled") && !alone || variant.wide && !has("aligned") {
+                    continue;
+                }
                 let linked = link(&variant).unwrap_or_else(|error| panic!("{error}"));
                 let storage = linked.bindings.iter().filter(|b| b.access != Access::Uniform).count();
                 assert!(storage <= 8, "{}: {storage} storage buffers, WebGPU promises 8", variant.name());

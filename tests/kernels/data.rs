@@ -223,6 +223,12 @@ impl Matrix {
         all
     }
 
+    /// Whether rows divide into blocks of so many numbers, each with one scale.
+    pub fn divides_into(&self, block: usize) -> bool {
+        let one_scale = self.scales.is_empty() || self.block[1].is_multiple_of(block);
+        self.columns.is_multiple_of(block) && one_scale
+    }
+
     fn scale_shape(&self) -> [usize; 2] {
         [self.rows.div_ceil(self.block[0]), self.columns.div_ceil(self.block[1])]
     }

@@ -5,7 +5,7 @@ use moewe_plan::WeightFormat;
 use moewe_shaders::{Reduce, Variant};
 
 use super::data::{FORMATS, Matrix, Rng, assert_agrees, compare, f64s, product_size, swiglu_size};
-use super::harness::{Call, UNTOUCHED, bits, ways};
+use super::harness::{Call, UNTOUCHED, Way, bits, ways};
 
 const EPS: f64 = 1e-6;
 const EXPERTS: usize = 6;
@@ -35,11 +35,11 @@ struct GateUp {
     x: Vec<f32>,
     norm: Option<Vec<f32>>,
     ids: Vec<usize>,
-    way: (Reduce, usize, usize),
+    way: Way,
 }
 
 impl GateUp {
-    fn random(rng: &mut Rng, format: WeightFormat, n: usize, k: usize, t: usize, way: (Reduce, usize, usize)) -> Self {
+    fn random(rng: &mut Rng, format: WeightFormat, n: usize, k: usize, t: usize, way: Way) -> Self {
         let gate = Matrix::experts(rng, format, EXPERTS, n, k);
         let up = Matrix::experts(rng, format, EXPERTS, n, k);
         let (x, ids) = (rng.numbers(t * k), choose(rng, t));
@@ -47,18 +47,14 @@ impl GateUp {
     }
 
     fn run(&self, parts: &[(usize, usize)]) -> Vec<f32> {
-        let (k, (reduce, workgroup, lanes)) = (self.gate.columns, self.way);
+        let k = self.gate.columns;
         let mut variant = self
-            .gate
-            .plug(Variant::new("experts_gate_up"))
-            .reduce(reduce)
-            .flag("aligned", k.is_multiple_of(4))
+            .way
+            .plug(self.gate.plug(Variant::new("experts_gate_up")), &self.gate)
             .flag("norm", self.norm.is_some())
             .int("N", self.n)
             .int("K", k)
-            .int("TOP_K", TOP_K)
-            .int("WG", workgroup)
-            .int("LANES", lanes);
+            .int("TOP_K", TOP_K);
         if self.norm.is_some() {
             variant = variant.float("EPS", EPS);
         }
@@ -74,7 +70,7 @@ impl GateUp {
             if let Some(norm) = &self.norm {
                 call = call.fours("norm", norm);
             }
-            y = call.run([self.n.div_ceil(workgroup / lanes), self.ids.len(), 1]).words("y").to_vec();
+            y = call.run([self.way.groups(self.n), self.ids.len(), 1]).words("y").to_vec();
         }
         y.into_iter().map(f32::from_bits).collect()
     }
@@ -100,7 +96,7 @@ impl GateUp {
 #[test]
 fn gate_up_of_all_formats_and_ways() {
     let mut rng = Rng::new(20);
-    let (ks, ns) = ([1, 3, 5, 64, 65, 130], [1, 5, 35]);
+    let (ks, ns) = ([1, 3, 5, 64, 65, 130, 96], [1, 5, 35, 133]);
     let mut cases = 0;
     for format in FORMATS {
         for way in ways() {
@@ -141,11 +137,11 @@ struct Down {
     ids: Vec<usize>,
     weights: Vec<f32>,
     residual: Vec<f32>,
-    way: (Reduce, usize, usize),
+    way: Way,
 }
 
 impl Down {
-    fn random(rng: &mut Rng, format: WeightFormat, n: usize, k: usize, t: usize, way: (Reduce, usize, usize)) -> Self {
+    fn random(rng: &mut Rng, format: WeightFormat, n: usize, k: usize, t: usize, way: Way) -> Self {
         let experts = Matrix::experts(rng, format, EXPERTS, n, k);
         let (y, ids) = (rng.numbers(t * TOP_K * k), choose(rng, t));
         let mut weights = rng.numbers(t * TOP_K);
@@ -154,21 +150,17 @@ impl Down {
     }
 
     fn run(&self, parts: &[(usize, usize)]) -> Vec<f32> {
-        let (k, (reduce, workgroup, lanes)) = (self.experts.columns, self.way);
+        let k = self.experts.columns;
         let t = self.ids.len() / TOP_K;
         let mut result = vec![UNTOUCHED; t * self.n];
         for (i, &(first, count)) in parts.iter().enumerate() {
             let variant = self
-                .experts
-                .plug(Variant::new("experts_down"))
-                .reduce(reduce)
-                .flag("aligned", k.is_multiple_of(4))
+                .way
+                .plug(self.experts.plug(Variant::new("experts_down")), &self.experts)
                 .flag("residual", i == 0)
                 .int("N", self.n)
                 .int("K", k)
-                .int("TOP_K", TOP_K)
-                .int("WG", workgroup)
-                .int("LANES", lanes);
+                .int("TOP_K", TOP_K);
             let mut call = Call::new(&variant)
                 .part(first, count, false)
                 .floats("y", &self.y)
@@ -179,7 +171,7 @@ impl Down {
             if i == 0 {
                 call = call.floats("residual", &self.residual);
             }
-            result = call.run([self.n.div_ceil(workgroup / lanes), t, 1]).words("result").to_vec();
+            result = call.run([self.way.groups(self.n), t, 1]).words("result").to_vec();
         }
         result.into_iter().map(f32::from_bits).collect()
     }
@@ -203,7 +195,7 @@ impl Down {
 #[test]
 fn down_of_all_formats_and_ways() {
     let mut rng = Rng::new(22);
-    let (ks, ns) = ([2, 3, 5, 64, 65, 140], [1, 6, 33]);
+    let (ks, ns) = ([2, 3, 5, 64, 65, 140, 96], [1, 6, 33, 133]);
     let mut cases = 0;
     for format in FORMATS {
         for way in ways() {
@@ -229,7 +221,7 @@ fn down_of_all_formats_and_ways() {
 fn wrong_results_are_noticed() {
     let mut rng = Rng::new(23);
     for format in FORMATS {
-        let mut case = Down::random(&mut rng, format, 5, 8, 2, (Reduce::None, 32, 1));
+        let mut case = Down::random(&mut rng, format, 5, 8, 2, Way::new(Reduce::None, 32, 1));
         let got = case.run(&[(0, EXPERTS)]);
         let verdict = |case: &Down| {
             let (want, size) = case.expected(|_| true);
@@ -243,14 +235,14 @@ fn wrong_results_are_noticed() {
         case.ids.swap(1, 2);
         assert!(verdict(&case).is_err(), "{format:?}: swapped experts went unnoticed");
 
-        let mut case = GateUp::random(&mut rng, format, 5, 8, 2, (Reduce::None, 32, 1));
+        let mut case = GateUp::random(&mut rng, format, 5, 8, 2, Way::new(Reduce::None, 32, 1));
         let got = case.run(&[(0, EXPERTS)]);
         std::mem::swap(&mut case.gate, &mut case.up);
         let (want, size) = case.expected();
         assert!(compare("experts_gate_up", &got, &want, &size).is_err(), "{format:?}: gate for up went unnoticed");
     }
     // What NaN weights poison is their own expert's row.
-    let mut case = Down::random(&mut rng, WeightFormat::Fp8, 5, 8, 3, (Reduce::Workgroup, 64, 2));
+    let mut case = Down::random(&mut rng, WeightFormat::Fp8, 5, 8, 3, Way::new(Reduce::Workgroup, 64, 2));
     let expert = case.ids[0];
     case.weights[0] = 0.5;
     case.experts.codes[(expert * 5 + 2) * 8 + 6] = 0x7f;

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use moewe_plan::Access;
-use moewe_shaders::{Linked, Reduce, Variant, link};
+use moewe_shaders::{BLOCK, Linked, Reduce, Variant, link};
 
 use super::data::Matrix;
 
@@ -55,17 +55,60 @@ fn gpu() -> &'static Gpu {
     })
 }
 
-/// Ways to share a row of a matrix that this device can run: how lanes add up, workgroup size, lanes.
-pub fn ways() -> Vec<(Reduce, usize, usize)> {
+/// A way to go through the rows of a matrix.
+#[derive(Clone, Copy, Debug)]
+pub struct Way {
+    /// How lanes add up.
+    pub reduce: Reduce,
+    pub workgroup: usize,
+    /// Invocations that share rows.
+    pub lanes: usize,
+    /// Rows that they share.
+    pub rows: usize,
+    /// Whether subgroups load inputs together, where rows divide into blocks.
+    pub pooled: bool,
+}
+
+impl Way {
+    pub const fn new(reduce: Reduce, workgroup: usize, lanes: usize) -> Self {
+        Self { reduce, workgroup, lanes, rows: 1, pooled: false }
+    }
+
+    /// Plugs the way into a variant that multiplies rows of this matrix: in blocks where that is possible.
+    pub fn plug(self, variant: Variant, matrix: &Matrix) -> Variant {
+        let wide = matrix.divides_into(BLOCK);
+        variant
+            .reduce(self.reduce)
+            .wide(wide)
+            .flag("aligned", matrix.columns.is_multiple_of(4))
+            .flag("pooled", self.pooled && wide)
+            .int("WG", self.workgroup)
+            .int("LANES", self.lanes)
+            .int("ROWS", self.rows)
+    }
+
+    /// Workgroups for so many rows of a matrix.
+    pub fn groups(self, rows: usize) -> usize {
+        rows.div_ceil(self.rows * self.workgroup / self.lanes)
+    }
+}
+
+/// Ways to go through rows that this device can run.
+pub fn ways() -> Vec<Way> {
     let mut ways = vec![
-        (Reduce::None, 32, 1),
-        (Reduce::Workgroup, 128, 32),
-        (Reduce::Workgroup, 128, 16),
-        (Reduce::Workgroup, 32, 32),
-        (Reduce::Workgroup, 64, 2),
+        Way::new(Reduce::None, 32, 1),
+        Way { rows: 3, ..Way::new(Reduce::None, 32, 1) },
+        Way::new(Reduce::Workgroup, 128, 32),
+        Way { rows: 2, ..Way::new(Reduce::Workgroup, 128, 16) },
+        Way::new(Reduce::Workgroup, 32, 32),
+        Way::new(Reduce::Workgroup, 64, 2),
     ];
     let subgroup = gpu().subgroup as usize;
-    ways.extend([4, 8, 32].into_iter().filter(|&lanes| lanes <= subgroup).map(|lanes| (Reduce::Subgroup, 64, lanes)));
+    let lanes = [4, 8, 32].into_iter().filter(|&lanes| lanes <= subgroup);
+    ways.extend(lanes.map(|lanes| Way::new(Reduce::Subgroup, 64, lanes)));
+    if subgroup >= 8 {
+        ways.extend([1, 4].map(|rows| Way { rows, pooled: true, ..Way::new(Reduce::None, 32, 1) }));
+    }
     ways
 }
 

@@ -5,7 +5,7 @@ use moewe_plan::WeightFormat;
 use moewe_shaders::{Reduce, Variant};
 
 use super::data::{FORMATS, Matrix, Rng, assert_agrees, compare, decode, f64s, product_size, swiglu_size};
-use super::harness::{Call, UNTOUCHED, ways};
+use super::harness::{Call, UNTOUCHED, Way, ways};
 
 const EPS: f64 = 1e-5;
 
@@ -20,16 +20,15 @@ struct Linear {
     norm: Option<Vec<f32>>,
     bias: Option<Vec<f32>>,
     residual: Option<Vec<f32>>,
-    way: (Reduce, usize, usize),
+    way: Way,
     tile: usize,
-    aligned: bool,
     over_rows: bool,
     parts: Vec<(usize, usize)>,
 }
 
 impl Linear {
     fn plain(w: Matrix, x: Vec<f32>) -> Self {
-        let (n, t, aligned) = (w.codes.len() / w.columns, x.len() / w.columns, w.columns.is_multiple_of(4));
+        let (n, t) = (w.codes.len() / w.columns, x.len() / w.columns);
         let parts = vec![(0, n)];
         Self {
             w,
@@ -40,35 +39,28 @@ impl Linear {
             norm: None,
             bias: None,
             residual: None,
-            way: (Reduce::None, 32, 1),
+            way: Way::new(Reduce::None, 32, 1),
             tile: 3,
-            aligned,
             over_rows: false,
             parts,
         }
     }
 
     fn variant(&self) -> Variant {
-        let (reduce, workgroup, lanes) = self.way;
         let variant = self
-            .w
-            .plug(Variant::new("linear"))
-            .reduce(reduce)
-            .flag("aligned", self.aligned)
+            .way
+            .plug(self.w.plug(Variant::new("linear")), &self.w)
             .flag("norm", self.norm.is_some())
             .flag("bias", self.bias.is_some())
             .flag("residual", self.residual.is_some())
             .flag("gated", self.u.is_some())
             .int("N", self.n)
             .int("K", self.w.columns)
-            .int("WG", workgroup)
-            .int("LANES", lanes)
             .int("TILE", self.tile);
         if self.norm.is_some() { variant.float("EPS", EPS) } else { variant }
     }
 
     fn run(&self) -> Vec<f32> {
-        let (_, workgroup, lanes) = self.way;
         let mut y = vec![UNTOUCHED; self.t * self.n];
         for &(first, count) in &self.parts {
             // The other count must not matter.
@@ -90,7 +82,7 @@ impl Linear {
                     call = call.floats(name, numbers);
                 }
             }
-            let grid = [count.div_ceil(workgroup / lanes), self.t.div_ceil(self.tile), 1];
+            let grid = [self.way.groups(count), self.t.div_ceil(self.tile), 1];
             y = call.run(grid).words("y").to_vec();
         }
         y.into_iter().map(f32::from_bits).collect()
@@ -129,7 +121,7 @@ impl Linear {
 #[test]
 fn all_formats_ways_tiles_and_flags() {
     let mut rng = Rng::new(1);
-    let (ks, ns, ts) = ([1, 2, 3, 5, 63, 64, 65, 132, 259], [1, 3, 17, 34], [1, 2, 7, 8, 9]);
+    let (ks, ns, ts) = ([1, 2, 3, 5, 63, 64, 65, 132, 259, 96, 288], [1, 3, 17, 34, 70], [1, 2, 7, 8, 9]);
     let mut cases = 0;
     for format in FORMATS {
         for way in ways() {
@@ -155,29 +147,19 @@ fn all_formats_ways_tiles_and_flags() {
 }
 
 #[test]
-fn a_row_that_could_be_read_in_fours_may_be_read_one_by_one() {
-    let mut rng = Rng::new(2);
-    let (w, x) = (Matrix::random(&mut rng, WeightFormat::Bf16, 9, 64), rng.numbers(5 * 64));
-    let mut case = Linear::plain(w, x);
-    let fours = case.run();
-    case.aligned = false;
-    assert_eq!(case.run(), fours);
-    case.check("K 64, not aligned");
-}
-
-#[test]
 fn blocks_of_the_release_with_partial_ones_at_both_ends() {
     let mut rng = Rng::new(3);
-    for (n, k) in [(130, 257), (300, 128), (129, 132)] {
+    for (case, (n, k)) in [(130, 257), (300, 128), (129, 132), (257, 256), (70, 384)].into_iter().enumerate() {
         let w = Matrix::random(&mut rng, WeightFormat::Fp8, n, k).blocks(&mut rng, [128, 128]);
         let u = Matrix::random(&mut rng, WeightFormat::Fp8, n, k).blocks(&mut rng, [128, 128]);
         let x = rng.numbers(2 * k);
-        let way = (Reduce::Workgroup, 128, 32);
-        let mut case = Linear { way, tile: 8, ..Linear::plain(w, x) };
-        case.parts = vec![(0, n / 2), (n / 2, n - n / 2)];
-        case.check(&format!("FP8 {n} × {k}"));
-        case.u = Some(u);
-        case.check(&format!("FP8 {n} × {k} gated"));
+        for way in ways() {
+            let mut case = Linear { way, tile: [1, 8][case % 2], ..Linear::plain(w.clone(), x.clone()) };
+            case.parts = vec![(0, n / 2), (n / 2, n - n / 2)];
+            case.check(&format!("FP8 {n} × {k} {way:?}"));
+            case.u = Some(u.clone());
+            case.check(&format!("FP8 {n} × {k} gated {way:?}"));
+        }
     }
 }
 
@@ -210,7 +192,7 @@ fn extreme_magnitudes_and_cancellation() {
     let mut rng = Rng::new(5);
     for (format, largest) in [(WeightFormat::F32, 1e18), (WeightFormat::Bf16, 1e18), (WeightFormat::F16, 65504.0)] {
         for way in ways() {
-            let (n, k, t) = (6, 66, 3);
+            let (n, k, t) = (6, [66, 64][usize::from(way.pooled)], 3);
             let mut w = Matrix::random(&mut rng, format, n, k);
             let mut x = rng.numbers(t * k);
             w.codes.iter_mut().step_by(7).for_each(|code| *code = super::data::encode(format, largest));
@@ -247,11 +229,44 @@ fn what_is_not_finite_spreads_to_its_own_token_and_row_only() {
 fn a_long_row() {
     let mut rng = Rng::new(7);
     for way in ways() {
-        let k = 1030;
-        let (w, x) = (Matrix::random(&mut rng, WeightFormat::Bf16, 5, k), rng.numbers(2 * k));
-        let mut case = Linear { way, tile: 1, ..Linear::plain(w, x) };
-        case.norm = Some(rng.norm(k));
-        case.check(&format!("{way:?} K {k}"));
+        for k in [1030, 1056] {
+            let (w, x) = (Matrix::random(&mut rng, WeightFormat::Bf16, 5, k), rng.numbers(2 * k));
+            let mut case = Linear { way, tile: 1, ..Linear::plain(w, x) };
+            case.norm = Some(rng.norm(k));
+            case.check(&format!("{way:?} K {k}"));
+        }
+    }
+}
+
+/// Two matrices with one input: rows of the second follow those of the first.
+#[test]
+fn a_second_matrix_with_the_same_input() {
+    let mut rng = Rng::new(17);
+    for format in FORMATS {
+        for (case, way) in ways().into_iter().enumerate() {
+            let k = [64, 20, 96, 33][case % 4];
+            let (n, n2, t) = ([40, 3, 129][case % 3], [5, 140, 1][case % 3], 1 + case % 3);
+            let [w, v] = [n, n2].map(|rows| Matrix::random(&mut rng, format, rows, k));
+            let (x, norm) = (rng.numbers(t * k), rng.norm(k));
+            let variant = way.plug(w.plug(Variant::new("linear")), &w).flag("second", true).flag("norm", true);
+            let variant = variant.int("N", n).int("N2", n2).int("K", k).int("TILE", 2).float("EPS", EPS);
+            let call = Call::new(&variant)
+                .batch(t, 1)
+                .part(0, n, false)
+                .floats("x", &x)
+                .matrix("w", &w, 0, n)
+                .matrix("v", &v, 0, n2)
+                .fours("norm", &norm)
+                .words("y", &vec![UNTOUCHED; t * n])
+                .words("y2", &vec![UNTOUCHED; t * n2]);
+            let got = call.run([way.groups(n + n2), t.div_ceil(2), 1]);
+            let normed = ops::rms_norm(&f64s(&x), &f64s(&norm), EPS);
+            for (name, matrix) in [("y", &w), ("y2", &v)] {
+                let numbers = matrix.numbers();
+                let (want, size) = (ops::linear(&normed, &numbers, None, k), product_size(&normed, &numbers, k));
+                assert_agrees("linear", &format!("{format:?} {way:?} {name} of two"), &got.floats(name), &want, &size);
+            }
+        }
     }
 }
 

@@ -104,7 +104,7 @@ impl Lowering<'_, '_> {
             slots.extend(matrix.scales.map(|scales| ("kv_b_scale", Slot::Weight(scales, 0))));
             let rows = heads.1 * mla.v as u64;
             let grid = [
-                Dim::Const(rows.div_ceil(self.selector.rows_per_workgroup())),
+                Dim::Const(rows.div_ceil(self.selector.lines())),
                 Dim::CeilDiv(Symbol::Tokens, self.selector.tile as u64),
                 ONE,
             ];
