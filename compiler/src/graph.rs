@@ -89,8 +89,21 @@ pub struct WeightRef {
     pub name: String,
     /// Number of experts that are stacked.
     pub experts: Option<usize>,
+    /// Shared experts that stand behind them, as further experts.
+    pub shared: Option<SharedExperts>,
     /// Shape of one tensor: `[rows, columns]`, or `[length]` for vectors.
     pub shape: Vec<usize>,
+}
+
+/// A tensor of the checkpoint that joins several shared experts in one matrix, taken apart again.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SharedExperts {
+    /// Name in the checkpoint.
+    pub name: String,
+    /// Number of experts in it.
+    pub count: usize,
+    /// Whether they stand beside one another (columns) instead of below one another (rows).
+    pub beside: bool,
 }
 
 /// RMSNorm by a weight: `w · x / sqrt(mean(x²) + eps)` (spec §3).
@@ -320,12 +333,36 @@ pub enum Op {
         /// Applied to x first.
         norm: Option<Norm>,
     },
-    /// logits `[E]` → ids `[k]` (u32), weights `[k]`.
+    /// x `[K]` → `[N]`, `[M]`: two products of one input.
+    LinearPair {
+        /// `[N, K]`.
+        first: WeightId,
+        /// `[M, K]`.
+        second: WeightId,
+        /// Applied to x first.
+        norm: Option<Norm>,
+    },
+    /// logits `[E]` → ids `[k + s]` (u32), weights `[k + s]`: behind the chosen experts s shared ones, E and up, with weight 1.
     Router {
         /// Rule.
         rule: RouterRule,
         /// `[E]`.
         bias: Option<WeightId>,
+        /// s.
+        shared: usize,
+    },
+    /// x `[K]` → ids `[k + s]` (u32), weights `[k + s]`, logits `[E]`: a router with the product that it judges by.
+    RouterProduct {
+        /// `[E, K]`.
+        weight: WeightId,
+        /// Applied to x first.
+        norm: Option<Norm>,
+        /// Rule.
+        rule: RouterRule,
+        /// `[E]`, added to scores.
+        bias: Option<WeightId>,
+        /// s.
+        shared: usize,
     },
     /// x `[K]`, ids `[k]` → `[k, N]`: `silu(gate x) · up x` of each chosen expert.
     ExpertGateUp {
@@ -361,14 +398,20 @@ impl Op {
     fn traits(&self) -> Vec<&str> {
         let mut traits = Vec::new();
         let normed = match self {
-            Op::Linear { norm, .. } | Op::GateUp { norm, .. } | Op::ExpertGateUp { norm, .. } => norm.is_some(),
+            Op::Linear { norm, .. }
+            | Op::LinearPair { norm, .. }
+            | Op::GateUp { norm, .. }
+            | Op::RouterProduct { norm, .. }
+            | Op::ExpertGateUp { norm, .. } => norm.is_some(),
             _ => false,
         };
         if normed {
             traits.push("norm");
         }
         match self {
-            Op::Linear { bias: Some(_), .. } | Op::Router { bias: Some(_), .. } => traits.push("bias"),
+            Op::Linear { bias: Some(_), .. }
+            | Op::Router { bias: Some(_), .. }
+            | Op::RouterProduct { bias: Some(_), .. } => traits.push("bias"),
             Op::AbsorbQuery { rotate: true, .. } => traits.push("rotate"),
             Op::ReadState { name, .. } => traits.push(name),
             Op::WriteState { name, .. } => {
@@ -380,6 +423,9 @@ impl Op {
             Op::TopTokens(Asked::Next) => traits.push("next"),
             Op::TopTokens(Asked::Given) => traits.push("given"),
             _ => {}
+        }
+        if let Op::Router { shared: 1.., .. } | Op::RouterProduct { shared: 1.., .. } = self {
+            traits.push("shared");
         }
         traits
     }
@@ -454,6 +500,8 @@ pub struct Graph {
     /// Whether routers, cache writes and attention heads read the plan's parameters
     /// ([`moewe_plan::ParameterKind`]). As long as those are neutral, that makes no difference.
     pub parameters: bool,
+    /// Whether shared experts can be taken apart into matrices like those of routed ones: blocks of scales must not be cut.
+    pub divides_shared: bool,
 }
 
 /// Why a graph is not sound.
@@ -469,9 +517,13 @@ pub struct GraphError {
 }
 
 impl Graph {
-    /// The id of a weight, added if it is new.
+    /// The id of a weight without shared experts, added if it is new.
     pub fn weight(&mut self, name: impl Into<String>, experts: Option<usize>, shape: &[usize]) -> WeightId {
-        let weight = WeightRef { name: name.into(), experts, shape: shape.to_vec() };
+        self.add_weight(WeightRef { name: name.into(), experts, shared: None, shape: shape.to_vec() })
+    }
+
+    /// The id of a weight, added if it is new.
+    pub fn add_weight(&mut self, weight: WeightRef) -> WeightId {
         self.weights.iter().position(|w| *w == weight).unwrap_or_else(|| {
             self.weights.push(weight);
             self.weights.len() - 1

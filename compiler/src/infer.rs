@@ -30,6 +30,7 @@ pub fn output_types(graph: &Graph, op: &Op, inputs: &[Value]) -> Result<Vec<Tens
         | Op::Add
         | Op::Concat
         | Op::Slice { .. }
+        | Op::LinearPair { .. }
         | Op::GateUp { .. }
         | Op::MtpJoin { .. } => dense(&on, op),
         Op::Rope { .. }
@@ -47,6 +48,7 @@ pub fn output_types(graph: &Graph, op: &Op, inputs: &[Value]) -> Result<Vec<Tens
         | Op::ExpertLinear { .. }
         | Op::WeightedSum
         | Op::Router { .. }
+        | Op::RouterProduct { .. }
         | Op::ExpertGateUp { .. }
         | Op::ExpertDown { .. } => experts(&on, op),
     }
@@ -165,6 +167,13 @@ fn dense(on: &Operands, op: &Op) -> Types {
                 return Err(format!("slice of {len} numbers from {start} on, x has {found}"));
             }
             on.floats(&[*len])
+        }
+        Op::LinearPair { first, second, norm } => {
+            on.count(1)?;
+            let len = on.vector(0, "x")?;
+            on.maybe_norm(norm.as_ref(), len)?;
+            let rows = [on.rows_of("first", *first, len)?, on.rows_of("second", *second, len)?];
+            Ok([on.floats(&[rows[0]])?, on.floats(&[rows[1]])?].concat())
         }
         Op::GateUp { gate, up, norm } => {
             on.count(1)?;
@@ -291,21 +300,25 @@ fn experts(on: &Operands, op: &Op) -> Types {
             on.input(1, "weights", DType::F32, &[k])?;
             on.floats(&[len])
         }
-        Op::Router { rule, bias } => {
+        Op::Router { rule, bias, shared } => {
             on.count(1)?;
-            check_rule(rule)?;
             on.input(0, "logits", DType::F32, &[rule.experts])?;
-            if let Some(bias) = bias {
-                on.weight("bias", *bias, false, &[rule.experts])?;
-            }
-            Ok([on.ids(rule.top_k)?, on.floats(&[rule.top_k])?].concat())
+            on.routes(rule, *bias, *shared)
+        }
+        Op::RouterProduct { weight, norm, rule, bias, shared } => {
+            on.count(1)?;
+            let len = on.vector(0, "x")?;
+            on.maybe_norm(norm.as_ref(), len)?;
+            on.weight("weight", *weight, false, &[rule.experts, len])?;
+            Ok([on.routes(rule, *bias, *shared)?, on.floats(&[rule.experts])?].concat())
         }
         Op::ExpertGateUp { gate, up, norm } => {
             on.count(2)?;
             let (len, k) = (on.vector(0, "x")?, on.id_count(1)?);
             let rows = on.expert_rows_of("gate", *gate, len)?;
             on.weight("up", *up, true, &[rows, len])?;
-            if on.weight_ref("gate", *gate)?.experts != on.weight_ref("up", *up)?.experts {
+            let experts = |id| on.weight_ref("weight", id).map(|w| (w.experts, w.shared.as_ref().map(|s| s.count)));
+            if experts(*gate)? != experts(*up)? {
                 return Err("gate and up have different numbers of experts".into());
             }
             on.maybe_norm(norm.as_ref(), len)?;
@@ -456,6 +469,16 @@ impl Operands<'_> {
             return Err(format!("{what} {} has shape {:?}, {shape:?} expected", weight.name, weight.shape));
         }
         Ok(())
+    }
+
+    /// Ids and weights of a router.
+    fn routes(&self, rule: &RouterRule, bias: Option<WeightId>, shared: usize) -> Types {
+        check_rule(rule)?;
+        if let Some(bias) = bias {
+            self.weight("bias", bias, false, &[rule.experts])?;
+        }
+        let slots = rule.top_k + shared;
+        Ok([self.ids(slots)?, self.floats(&[slots])?].concat())
     }
 
     /// Shape of a weight that must be one matrix.

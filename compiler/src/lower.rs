@@ -1,12 +1,13 @@
 //! From a fused graph to the steps of a program: one kernel for each operation, one dispatch for each shard of its weights.
 
 mod attention;
+mod router;
 
 use std::collections::HashMap;
 
 use moewe_plan::{
-    Binding, Cost, DRAFT_WORDS, DType, Dim, FINISHED_STEPS, Kernel, LOGPROB_WORDS, MAX_DRAFT_MODULES, Parameter,
-    ParameterKind, Role, Step, Symbol, TapSpec, When,
+    Access, Binding, Cost, DRAFT_WORDS, DType, Dim, FINISHED_STEPS, Kernel, LOGPROB_WORDS, MAX_DRAFT_MODULES,
+    Parameter, ParameterKind, Role, Step, Symbol, TapSpec, When,
 };
 use moewe_shaders::{Linked, Variant, link};
 
@@ -265,6 +266,9 @@ impl Lowering<'_, '_> {
             Op::ReadState { .. } | Op::WriteState { .. } => Ok(()), // the value lives in the state's buffer
             Op::RmsNorm(norm) => self.rms_norm(node, *norm, out(0)),
             Op::Linear { weight, bias, norm } => self.linear(node, *weight, *bias, *norm, out(0)),
+            Op::LinearPair { first, second, norm } => {
+                self.linear_pair(node, [*first, *second], *norm, [out(0), out(1)])
+            }
             Op::GateUp { gate, up, norm } => self.gate_up(node, *gate, *up, *norm, out(0)),
             Op::GatherRows => self.gather_rows(node, out(0)),
             Op::Sample => self.sample(node, out(0)),
@@ -276,25 +280,11 @@ impl Lowering<'_, '_> {
             Op::AbsorbQuery { kv_b, mla, rotate: true } => self.absorb_query(node, *kv_b, mla, out(0)),
             Op::LatentAttention { layer, mla } => self.latent_attention(node, *layer, mla, out(0)),
             Op::AbsorbOutput { kv_b, mla } => self.absorb_output(node, *kv_b, mla, out(0)),
-            Op::Router { rule, bias } => {
-                let mut slots = vec![
-                    ("logits", Slot::Value(node.inputs[0])),
-                    ("ids", Slot::Value(out(0))),
-                    ("weights", Slot::Value(out(1))),
-                ];
-                if let Some(bias) = bias {
-                    slots.push(("bias", self.vector(*bias)?));
-                }
-                let edit = self.graph.parameters;
-                if edit {
-                    slots.extend([
-                        ("expert_offset", self.parameter(node, ParameterKind::ExpertOffset, rule.experts)?),
-                        ("expert_scale", self.parameter(node, ParameterKind::ExpertScale, rule.experts)?),
-                    ]);
-                }
-                let variant = select::router(rule, bias.is_some(), edit);
-                let cost = Cost { token_bytes: 4 * (rule.experts + 2 * rule.top_k) as u64, ..Cost::default() };
-                self.emit(node, &variant, &slots, [Dim::Symbol(Symbol::Tokens), ONE, ONE], [0; 4], cost)
+            Op::Router { rule, bias, shared } => {
+                self.router(node, node.inputs[0], rule, *bias, *shared, [out(0), out(1)])
+            }
+            Op::RouterProduct { weight, norm, rule, bias, shared } => {
+                self.router_product(node, *weight, *norm, rule, *bias, *shared, [out(0), out(1), out(2)])
             }
             Op::ExpertGateUp { gate, up, norm } => self.experts_gate_up(node, *gate, *up, *norm, out(0)),
             Op::ExpertDown { weight } => self.experts_down(node, *weight, out(0)),
@@ -372,6 +362,59 @@ impl Lowering<'_, '_> {
         self.same_format(node, &gate, &up)?;
         let variant = self.selector.linear(gate.stored, self.len(y), self.len(x), &[("gated", true)], eps);
         self.matrix_steps(node, &variant, &slots, &[("w", "w_scale", &gate), ("u", "u_scale", &up)], x, y)
+    }
+
+    /// One step for both products where a kernel can bind all they need, else one for each.
+    fn linear_pair(&mut self, node: &Node, weights: [WeightId; 2], norm: Option<Norm>, y: [Value; 2]) -> Result<()> {
+        let x = node.inputs[0];
+        let matrices = [self.matrix(weights[0], 1)?, self.matrix(weights[1], 1)?];
+        let [first, second] = &matrices;
+        let (k, n) = (self.len(x), y.map(|y| self.len(y)));
+        let mut slots = vec![("x", Slot::Value(x)), ("y", Slot::Value(y[0]))];
+        let eps = self.norm(norm, &mut slots)?;
+        let alike = match (first.stored.scales, second.stored.scales) {
+            (Some(first), Some(second)) => first.block == second.block,
+            (first, second) => first.is_none() && second.is_none(),
+        };
+        let whole = matrices.iter().all(|matrix| matrix.shards.len() == 1);
+        let variant = self.selector.linear_pair(first.stored, n, k, eps);
+        if first.stored.format != second.stored.format || !alike || !whole || !self.fits(&variant)? {
+            for (weight, y) in weights.into_iter().zip(y) {
+                self.linear(node, weight, None, norm, y)?;
+            }
+            return Ok(());
+        }
+        slots.extend([
+            ("batch", self.role(Role::Header)),
+            ("part", Slot::Params),
+            ("w", Slot::Weight(first.weight, 0)),
+            ("v", Slot::Weight(second.weight, 0)),
+            ("y2", Slot::Value(y[1])),
+        ]);
+        slots.extend(first.scales.map(|scales| ("w_scale", Slot::Weight(scales, 0))));
+        slots.extend(second.scales.map(|scales| ("v_scale", Slot::Weight(scales, 0))));
+        let rows = (n[0] + n[1]) as u64;
+        let cost = Cost {
+            fixed_bytes: n[0] as u64 * first.row_bytes + n[1] as u64 * second.row_bytes,
+            token_bytes: 4 * (k as u64 + rows),
+            token_flops: 2 * rows * k as u64,
+            ..Cost::default()
+        };
+        let tile = self.selector.tile as u64;
+        let grid = [
+            Dim::Const(rows.div_ceil(self.selector.rows_per_workgroup())),
+            Dim::CeilDiv(symbol(self.graph.ty(x).rows), tile),
+            ONE,
+        ];
+        let over_rows = u32::from(self.graph.ty(x).rows == Rows::Wanted);
+        self.emit(node, &variant, &slots, grid, [0, n[0] as u32, over_rows, 0], cost)
+    }
+
+    /// Whether a kernel binds no more storage buffers than the device has.
+    fn fits(&mut self, variant: &Variant) -> Result<bool> {
+        let bindings = link(variant).map_err(|error| Error::Kernel { detail: error.to_string() })?.bindings;
+        let storage = bindings.iter().filter(|binding| binding.access != Access::Uniform).count();
+        Ok(storage <= self.selector.profile.storage_buffers as usize)
     }
 
     fn same_format(&self, node: &Node, a: &Matrix, b: &Matrix) -> Result<()> {

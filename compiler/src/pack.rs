@@ -68,7 +68,10 @@ impl<'a> Packer<'a> {
     fn names(weight: &WeightRef) -> Vec<String> {
         match weight.experts {
             None => vec![weight.name.clone()],
-            Some(experts) => (0..experts).map(|expert| weight.name.replace('*', &expert.to_string())).collect(),
+            Some(experts) => {
+                let routed = (0..experts).map(|expert| weight.name.replace('*', &expert.to_string()));
+                routed.chain(weight.shared.iter().map(|shared| shared.name.clone())).collect()
+            }
         }
     }
 
@@ -117,7 +120,9 @@ impl<'a> Packer<'a> {
         let (rows, columns) = (weight.shape[0] as u64, weight.shape[1] as u64);
         let shape = match weight.experts {
             None => vec![rows, columns],
-            Some(experts) => vec![experts as u64, rows, columns],
+            Some(experts) => {
+                vec![(experts + weight.shared.as_ref().map_or(0, |shared| shared.count)) as u64, rows, columns]
+            }
         };
         let mut plan = Weight { name: weight.name.clone(), format, shape, shards: Vec::new() };
         let slice = plan.slice_bytes().filter(|bytes| *bytes > 0).expect("checked configurations have sane shapes");

@@ -105,6 +105,12 @@ impl Selector<'_> {
         variant.flag("pooled", pooled)
     }
 
+    /// Two products of one input.
+    pub fn linear_pair(&self, stored: Stored, n: [usize; 2], k: usize, eps: Option<f64>) -> Variant {
+        let variant = self.rows_of_matrix("linear", stored, k).flag("second", true).int("N", n[0]).int("N2", n[1]);
+        with_norm(variant.int("K", k).int("TILE", self.tile), eps)
+    }
+
     /// Matrix product with what is fused into it.
     pub fn linear(
         &self,
@@ -130,6 +136,22 @@ impl Selector<'_> {
             .int("K", k)
             .int("TOP_K", top_k)
             .flag("residual", residual)
+    }
+
+    /// Router with the product that it judges by; as [`router`].
+    pub fn router_product(
+        &self,
+        stored: Stored,
+        k: usize,
+        eps: Option<f64>,
+        rule: &RouterRule,
+        bias: bool,
+        shared: usize,
+        edit: bool,
+    ) -> Variant {
+        let tail = rule.experts as u64 > self.rows_per_workgroup();
+        let variant = self.rows_of_matrix("router_product", stored, k).int("K", k).flag("tail", tail);
+        with_norm(routing(variant, rule, bias, shared, edit), eps)
     }
 
     /// Value half of absorbed attention. `edit`: heads are scaled by a parameter.
@@ -195,10 +217,14 @@ pub const WORKGROUP: usize = 64;
 /// Rows of logits that a batch may ask for: one workgroup of `accept` has an invocation for each.
 pub const MAX_ROWS: usize = WORKGROUP;
 
-/// Router. `edit`: parameters change selection scores and weights.
-pub fn router(rule: &RouterRule, bias: bool, edit: bool) -> Variant {
+/// Router. `edit`: parameters change selection scores and weights; `shared` experts follow the chosen ones.
+pub fn router(rule: &RouterRule, bias: bool, shared: usize, edit: bool) -> Variant {
+    routing(Variant::new("router").int("WG", WORKGROUP), rule, bias, shared, edit)
+}
+
+fn routing(variant: Variant, rule: &RouterRule, bias: bool, shared: usize, edit: bool) -> Variant {
     let groups = rule.limits_groups();
-    let variant = Variant::new("router")
+    let variant = variant
         .flag("bias", bias)
         .flag("edit", edit)
         .flag("groups", groups)
@@ -207,8 +233,8 @@ pub fn router(rule: &RouterRule, bias: bool, edit: bool) -> Variant {
         .flag("top2", rule.method == TopkMethod::NoauxTc)
         .int("E", rule.experts)
         .int("TOP_K", rule.top_k)
+        .int("SHARED", shared)
         .int("N_GROUP", if groups { rule.n_group } else { 1 })
-        .int("WG", WORKGROUP)
         .float("SCALE", rule.scale);
     if groups { variant.int("TOPK_GROUP", rule.topk_group) } else { variant }
 }

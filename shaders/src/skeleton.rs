@@ -54,6 +54,11 @@ pub const SKELETONS: &[Skeleton] = &[
     skeleton!("propose", [], []),
     skeleton!("rms_norm", [], []),
     skeleton!("router", ["bias", "edit", "groups", "normalise", "softmax", "top2"], []),
+    skeleton!(
+        "router_product",
+        ["aligned", "bias", "edit", "groups", "norm", "normalise", "pooled", "softmax", "tail", "top2"],
+        [matrix, reduce]
+    ),
     skeleton!("sample", [], []),
     skeleton!("top_tokens", ["given", "next", "ring"], []),
 ];
@@ -68,11 +73,12 @@ pub(crate) const SHARED: &[(&str, &str)] = &[
     ("batch", include_str!("../wesl/batch.wesl")),
     ("mean_square", include_str!("../wesl/mean_square.wesl")),
     ("rope", include_str!("../wesl/rope.wesl")),
+    ("routing", include_str!("../wesl/routing.wesl")),
     ("scale", include_str!("../wesl/scale.wesl")),
 ];
 
 /// Flags that shared modules and plugs ask for.
-pub(crate) const MODULE_FLAGS: &[&str] = &["half_scales", "pooled"];
+pub(crate) const MODULE_FLAGS: &[&str] = &["half_scales", "pooled", "tail"];
 
 pub(crate) const WEIGHT_F32: &str = include_str!("../wesl/weight/f32.wesl");
 pub(crate) const WEIGHT_BF16: &str = include_str!("../wesl/weight/bf16.wesl");

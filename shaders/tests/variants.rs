@@ -18,6 +18,7 @@ fn with_shapes(kernel: &'static str) -> Variant {
         ("N2", 6),
         ("TILE", 3),
         ("TOP_K", 2),
+        ("SHARED", 1),
         ("E", 8),
         ("N_GROUP", 4),
         ("TOPK_GROUP", 2),

@@ -1,14 +1,16 @@
 //! `router`: the cases of units.json, real shapes, ties, and logits that are not numbers.
 
 use moewe_oracle::config::router_params;
+use moewe_oracle::ops;
 use moewe_oracle::router::{
     RouterParams, Scoring, TopkMethod, group_scores, limit_groups, route, scores, selection_scores,
 };
+use moewe_plan::WeightFormat;
 use moewe_shaders::Variant;
 use serde_json::Value;
 
-use super::data::{Rng, assert_agrees, compare, f64s};
-use super::harness::Call;
+use super::data::{FORMATS, Matrix, Rng, assert_agrees, compare, f64s, product_size};
+use super::harness::{Call, Outputs, ways};
 
 /// Ids of each token, and the weights.
 type Routes = (Vec<Vec<usize>>, Vec<f32>);
@@ -25,32 +27,48 @@ pub fn run_edited(
     bias: Option<&[f32]>,
     edit: Option<(&[f32], &[f32])>,
 ) -> Routes {
-    let (groups, t, k) = (params.limits_groups(), logits.len() / experts, params.top_k);
-    let mut variant = Variant::new("router")
-        .flag("bias", bias.is_some())
-        .flag("edit", edit.is_some())
-        .flag("groups", groups)
-        .flag("normalise", params.norm_topk_prob && params.scoring == Scoring::Sigmoid)
-        .flag("softmax", params.scoring == Scoring::Softmax)
-        .flag("top2", params.method == TopkMethod::NoauxTc)
-        .int("E", experts)
-        .int("TOP_K", k)
-        .int("N_GROUP", if groups { params.groups } else { 1 })
-        .int("WG", 64)
-        .float("SCALE", params.scale);
-    if groups {
-        variant = variant.int("TOPK_GROUP", params.topk_group);
-    }
-    let mut call = Call::new(&variant).floats("logits", logits);
+    let (t, k) = (logits.len() / experts, params.top_k);
+    let variant = routing(Variant::new("router").int("WG", 64), params, experts, bias.is_some(), SHARED);
+    let mut call = Call::new(&variant.flag("edit", edit.is_some())).floats("logits", logits);
     if let Some(bias) = bias {
         call = call.floats("bias", bias);
     }
     if let Some((offset, scale)) = edit {
         call = call.floats("expert_offset", offset).floats("expert_scale", scale);
     }
-    let outputs = call.output("ids", t * k).output("weights", t * k).run([t, 1, 1]);
-    let ids = outputs.words("ids").chunks(k).map(|ids| ids.iter().map(|&id| id as usize).collect()).collect();
-    (ids, outputs.floats("weights"))
+    let slots = k + SHARED;
+    let outputs = call.output("ids", t * slots).output("weights", t * slots).run([t, 1, 1]);
+    without_shared(&outputs, k, experts)
+}
+
+/// Shared experts behind the chosen ones.
+const SHARED: usize = 2;
+
+/// Ids and weights without the shared experts, which stand where they should.
+fn without_shared(outputs: &Outputs, k: usize, experts: usize) -> Routes {
+    let (ids, weights) = (outputs.words("ids"), outputs.floats("weights"));
+    let shared = [experts as u32, experts as u32 + 1];
+    assert!(ids.chunks(k + SHARED).all(|ids| ids[k..] == shared), "shared experts stand behind the chosen ones");
+    assert!(weights.chunks(k + SHARED).all(|weights| weights[k..] == [1.0, 1.0]), "and have weight 1");
+    let ids = ids.chunks(k + SHARED).map(|ids| ids[..k].iter().map(|&id| id as usize).collect()).collect();
+    (ids, weights.chunks(k + SHARED).flat_map(|weights| &weights[..k]).copied().collect())
+}
+
+/// Flags and constants of the rule.
+fn routing(variant: Variant, params: &RouterParams, experts: usize, bias: bool, shared: usize) -> Variant {
+    let groups = params.limits_groups();
+    let variant = variant
+        .flag("bias", bias)
+        .flag("groups", groups)
+        .flag("normalise", params.norm_topk_prob && params.scoring == Scoring::Sigmoid)
+        .flag("softmax", params.scoring == Scoring::Softmax)
+        .flag("top2", params.method == TopkMethod::NoauxTc)
+        .int("E", experts)
+        .int("TOP_K", params.top_k)
+        .int("SHARED", shared)
+        .int("N_GROUP", if groups { params.groups } else { 1 })
+        .float("SCALE", params.scale);
+    if groups { variant.int("TOPK_GROUP", params.topk_group) } else { variant }
 }
 
 /// Smallest distance of scores whose order matters: the chosen experts and the next, the kept groups and the next.
@@ -261,4 +279,50 @@ fn wrong_results_are_noticed() {
     assert!(compare("router", &weights, &wrong, &wrong).is_err(), "another scale went unnoticed");
     params.groups = 1;
     assert_ne!(ids[0], expected(&params).ids, "the groups made no difference");
+}
+
+/// Logits and choice in one dispatch, by one workgroup for a token or by several, of which the last one chooses, dispatch after
+/// dispatch with one count.
+#[test]
+fn products_are_judged_where_they_are_made() {
+    let mut rng = Rng::new(48);
+    let shapes = [(Scoring::Sigmoid, 256, 8, 4, 8), (Scoring::Softmax, 33, 1, 1, 3), (Scoring::Sigmoid, 16, 4, 2, 4)];
+    let formats = FORMATS.into_iter().filter(|format| *format != WeightFormat::Fp8);
+    for (case, format) in formats.enumerate() {
+        for way in ways() {
+            let (scoring, experts, groups, topk_group, k) = shapes[case % shapes.len()];
+            let params = params(scoring, groups, topk_group, k);
+            let (width, t) = ([96, 40, 33][case % 3], 5);
+            let w = Matrix::random(&mut rng, format, experts, width);
+            let (x, norm, bias) = (rng.numbers(t * width), rng.norm(width), rng.numbers(experts));
+            let tail = experts > way.rows * way.workgroup / way.lanes;
+            let variant = way.plug(Variant::new("router_product").weight(format), &w).flag("tail", tail);
+            let variant = routing(variant, &params, experts, true, SHARED).flag("norm", true).float("EPS", 1e-6);
+            let both = |arrived: &[u32]| {
+                let mut call = Call::new(&variant.clone().int("K", width))
+                    .floats("x", &x)
+                    .matrix("w", &w, 0, experts)
+                    .fours("norm", &norm)
+                    .floats("bias", &bias);
+                if tail {
+                    call = call.words("arrived", arrived);
+                }
+                let slots = t * (k + SHARED);
+                let call = call.output("logits", t * experts).output("ids", slots).output("weights", slots);
+                call.run([way.groups(experts), t, 1])
+            };
+            let outputs = both(&vec![0; t]);
+            if tail {
+                assert_eq!(outputs.words("arrived"), vec![0; t], "ready for the next dispatch");
+            }
+            let (what, logits) = (format!("{format:?} {way:?}, {experts} experts"), outputs.floats("logits"));
+            let normed = ops::rms_norm(&f64s(&x), &f64s(&norm), 1e-6);
+            let numbers = w.numbers();
+            let (want, size) = (ops::linear(&normed, &numbers, None, width), product_size(&normed, &numbers, width));
+            assert_agrees("linear", &what, &logits, &want, &size);
+            // The choice is that of the other kernel for these logits.
+            let (ids, weights) = without_shared(&outputs, k, experts);
+            assert_eq!((ids, weights), run(&params, &logits, experts, Some(&bias)), "{what}");
+        }
+    }
 }

@@ -7,9 +7,12 @@ mod experts;
 mod latent_write;
 mod mtp_join;
 mod norm;
+mod pair;
 mod residual;
 mod rope_query;
 mod router;
+mod router_product;
+mod shared_experts;
 mod swiglu;
 
 use crate::{
@@ -51,6 +54,13 @@ pub const PASSES: &[Pass] = &[
     Pass { name: "mtp_join", what: "both norms and the joining of a draft module become one", run: mtp_join::run },
     Pass { name: "norm", what: "a norm moves into every matrix product that reads it", run: norm::run },
     Pass { name: "residual", what: "the sum after a matrix product moves into it", run: residual::run },
+    Pass { name: "pair", what: "two products of one input become one", run: pair::run },
+    Pass {
+        name: "shared_experts",
+        what: "shared experts become experts that are always chosen",
+        run: shared_experts::run,
+    },
+    Pass { name: "router_product", what: "the router joins the product that it judges by", run: router_product::run },
 ];
 
 /// A pass left an unsound graph: a bug of that pass.

@@ -39,7 +39,7 @@ fn rewrite(graph: &mut Graph, id: NodeId) -> Option<()> {
 
     // In the place of TopK: all that reads the ids or the weights comes later.
     let (logits, label) = (score.inputs.clone(), sibling(&top.label, "router"));
-    replace(graph, ids.node, Op::Router { rule, bias }, logits, label);
+    replace(graph, ids.node, Op::Router { rule, bias, shared: 0 }, logits, label);
     redirect(graph, Value { node: id, output: 0 }, Value { node: ids.node, output: 1 });
     Some(())
 }

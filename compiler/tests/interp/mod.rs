@@ -112,10 +112,19 @@ struct Step<'s, 'a, 'g> {
 impl Step<'_, '_, '_> {
     /// Outputs of the node, row after row; integers as floats.
     fn run(&mut self) -> Vec<Vec<f64>> {
-        if let Op::Router { rule, bias } = &self.node.op {
-            return self.router(rule, *bias);
-        }
         match self.node.op.clone() {
+            Op::Router { rule, bias, shared } => self.router(self.inputs[0], &rule, bias, shared),
+            Op::RouterProduct { weight, norm, rule, bias, shared } => {
+                let x = self.prologue(norm.as_ref());
+                let logits = ops::linear(&x, self.weight(weight), None, self.width(0));
+                let mut outputs = self.router(&logits, &rule, bias, shared);
+                outputs.push(logits);
+                outputs
+            }
+            Op::LinearPair { first, second, norm } => {
+                let x = self.prologue(norm.as_ref());
+                [first, second].map(|weight| ops::linear(&x, self.weight(weight), None, self.width(0))).into()
+            }
             Op::Logprobs => Vec::new(),
             Op::Accept | Op::Propose => {
                 let tokens = self.inputs[0].iter().map(|&t| t as u32);
@@ -257,19 +266,19 @@ impl Step<'_, '_, '_> {
                     .collect()
             }
             Op::ExpertLinear { weight } => {
-                let each = |x: &[f64], expert| ops::linear(x, self.expert_weight(*weight, expert), None, x.len());
+                let each = |x: &[f64], expert| ops::linear(x, &self.expert_weight(*weight, expert), None, x.len());
                 self.for_chosen(self.inputs[0], each)
             }
             Op::ExpertGateUp { gate, up, norm } => {
                 let each = |x: &[f64], expert| {
-                    let product = |weight| ops::linear(x, self.expert_weight(weight, expert), None, x.len());
+                    let product = |weight| ops::linear(x, &self.expert_weight(weight, expert), None, x.len());
                     ops::swiglu(&product(*gate), &product(*up))
                 };
                 self.for_chosen(&self.prologue(norm.as_ref()), each)
             }
             Op::WeightedSum => self.weighted(self.inputs[0], self.inputs[1]),
             Op::ExpertDown { weight } => {
-                let each = |y: &[f64], expert| ops::linear(y, self.expert_weight(*weight, expert), None, y.len());
+                let each = |y: &[f64], expert| ops::linear(y, &self.expert_weight(*weight, expert), None, y.len());
                 let products = self.for_chosen(self.inputs[0], each);
                 ops::add(self.inputs[3], &self.weighted(&products, self.inputs[2]))
             }
@@ -277,11 +286,17 @@ impl Step<'_, '_, '_> {
         }
     }
 
-    fn router(&self, rule: &RouterRule, bias: Option<WeightId>) -> Vec<Vec<f64>> {
+    fn router(&self, logits: &[f64], rule: &RouterRule, bias: Option<WeightId>, shared: usize) -> Vec<Vec<f64>> {
         let bias = bias.map(|bias| self.weight(bias));
-        let routes: Vec<_> = self.rows(0).map(|logits| router::route(logits, bias, &params(rule))).collect();
-        let ids = routes.iter().flat_map(|route| &route.ids).map(|&id| id as f64).collect();
-        vec![ids, routes.iter().flat_map(|route| &route.weights).copied().collect()]
+        let (mut ids, mut weights) = (Vec::new(), Vec::new());
+        for logits in logits.chunks_exact(rule.experts) {
+            let route = router::route(logits, bias, &params(rule));
+            ids.extend(route.ids.iter().map(|&id| id as f64));
+            ids.extend((0..shared).map(|expert| (rule.experts + expert) as f64));
+            weights.extend(route.weights);
+            weights.extend(vec![1.0; shared]);
+        }
+        vec![ids, weights]
     }
 
     /// Applies `each` to x and the number of each chosen expert, of the second input; x has one row for a token or one
@@ -347,10 +362,22 @@ impl Step<'_, '_, '_> {
         self.tensor(&weight.name, &weight.shape)
     }
 
-    fn expert_weight(&self, id: WeightId, expert: usize) -> &[f64] {
+    /// The matrix of an expert; a shared one is cut out of the tensor that joins them.
+    fn expert_weight(&self, id: WeightId, expert: usize) -> Vec<f64> {
         let weight = &self.graph.weights[id];
-        assert!(weight.experts.is_some_and(|count| expert < count), "expert {expert} of {}", weight.name);
-        self.tensor(&weight.name.replace('*', &expert.to_string()), &weight.shape)
+        let routed = weight.experts.expect("one matrix for each expert");
+        if expert < routed {
+            return self.tensor(&weight.name.replace('*', &expert.to_string()), &weight.shape).to_vec();
+        }
+        let shared = weight.shared.as_ref().expect("an expert behind the routed ones");
+        let (at, [rows, columns]) = (expert - routed, weight.shape[..].try_into().expect("a matrix"));
+        assert!(at < shared.count, "expert {expert} of {}", weight.name);
+        if shared.beside {
+            let all = self.tensor(&shared.name, &[rows, shared.count * columns]);
+            all.chunks_exact(shared.count * columns).flat_map(|row| &row[at * columns..][..columns]).copied().collect()
+        } else {
+            self.tensor(&shared.name, &[shared.count * rows, columns])[at * rows * columns..][..rows * columns].to_vec()
+        }
     }
 
     fn tensor(&self, name: &str, shape: &[usize]) -> &[f64] {
