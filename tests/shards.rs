@@ -245,6 +245,7 @@ fn subgroups() {
         name: "subgroups".into(),
         subgroup_size: Some(8),
         lanes: 8,
+        pool_inputs: false,
         workgroup: 64,
         token_tile: 4,
         ..profile("lavapipe")
