@@ -98,8 +98,7 @@ pub fn compile_until(
         }
     }
     (plan.files, plan.weights, plan.warnings) = if options.plan_only {
-        let (files, weights) = packer.without_weights();
-        (files, weights, Vec::new())
+        packer.without_weights()
     } else {
         write_weights(packer, &mut staging, options.reference, progress, stop)?
     };

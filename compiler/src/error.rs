@@ -150,6 +150,22 @@ pub enum Error {
         detail: String,
     },
 
+    /// A weight that is to be quantised is no finite number: its whole group would become useless.
+    #[error("{}: tensor `{tensor}` is {found} in row {row}, column {column}, expected finite numbers; \
+        download the file again, or keep the format that the weights are stored in", path.display())]
+    NotFinite {
+        /// The safetensors file.
+        path: PathBuf,
+        /// Tensor name.
+        tensor: String,
+        /// Its row, from 0.
+        row: usize,
+        /// Its column, from 0.
+        column: usize,
+        /// Its value, block scale included.
+        found: f32,
+    },
+
     /// The caller asked to stop.
     #[error("interrupted; nothing was left behind")]
     Interrupted,

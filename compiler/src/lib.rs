@@ -15,6 +15,7 @@ pub mod model;
 pub mod pack;
 pub mod passes;
 pub mod profile;
+pub mod quantize;
 pub mod select;
 pub mod synth;
 pub mod tensors;

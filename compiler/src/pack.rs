@@ -3,20 +3,22 @@
 
 use std::collections::HashMap;
 
-use moewe_plan::{Segment, Shard, Weight, WeightFile, WeightFormat};
+use moewe_plan::{SCALE_GROUP, Segment, Shard, Weight, WeightFile, WeightFormat};
 
 use crate::checkpoint::Checkpoint;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::graph::WeightRef;
 use crate::select::{Scales, Stored};
-use crate::tensors::{self, Role};
+use crate::tensors::{self, Part, Role};
 
 /// What a weight is made of.
 #[derive(Clone, Debug)]
 pub(crate) enum Content {
     /// Tensors of the checkpoint, one after the other.
     Tensors(Vec<String>),
+    /// The scales that the compiler chooses for the groups of these tensors in this format, one after the other.
+    Scales(Vec<String>, WeightFormat),
     /// Numbers that the compiler made.
     Generated(Vec<f32>),
 }
@@ -41,7 +43,7 @@ pub struct Matrix {
     pub stored: Stored,
     /// First slice and number of slices of each shard.
     pub shards: Vec<(u64, u64)>,
-    /// Bytes of a row, scales left out.
+    /// Bytes of a row, with the scales of its groups; those of blocks, which many rows share, are left out.
     pub row_bytes: u64,
 }
 
@@ -53,16 +55,18 @@ pub struct Packer<'a> {
     format: Option<WeightFormat>,
     /// Largest binding.
     limit: u64,
-    roles: HashMap<String, Role>,
+    roles: HashMap<String, (Role, Part)>,
     pub(crate) items: Vec<Item>,
     index: HashMap<String, u32>,
+    /// Matrices that were to be quantised and are not, and the numbers of their rows.
+    unfit: Vec<(String, u64)>,
 }
 
 impl<'a> Packer<'a> {
     /// A packer for a checkpoint (which may lack weights: then the plan is made without).
     pub fn new(checkpoint: &'a Checkpoint, format: Option<WeightFormat>, limit: u64) -> Self {
-        let roles = tensors::expected(checkpoint.config()).into_iter().map(|t| (t.name, t.role)).collect();
-        Self { checkpoint, format, limit, roles, items: Vec::new(), index: HashMap::new() }
+        let roles = tensors::expected(checkpoint.config()).into_iter().map(|t| (t.name, (t.role, t.part))).collect();
+        Self { checkpoint, format, limit, roles, items: Vec::new(), index: HashMap::new(), unfit: Vec::new() }
     }
 
     fn names(weight: &WeightRef) -> Vec<String> {
@@ -80,7 +84,7 @@ impl<'a> Packer<'a> {
         let config = self.checkpoint.config();
         let dtype = if self.checkpoint.has_weights() {
             self.checkpoint.tensor(name)?.dtype
-        } else if config.quantization.is_some() && self.roles.get(name) == Some(&Role::Linear) {
+        } else if config.quantization.is_some() && matches!(self.roles.get(name), Some((Role::Linear, _))) {
             Dtype::F8E4m3
         } else {
             config.torch_dtype.unwrap_or(Dtype::Bf16)
@@ -114,9 +118,7 @@ impl<'a> Packer<'a> {
                 });
             }
         }
-        // The router is never converted: a rounded logit may choose another expert.
-        let is_router = weight.name.ends_with("mlp.gate.weight");
-        let format = if is_router { stored } else { self.format.unwrap_or(stored) };
+        let format = self.format_of(weight, &names[0], stored);
         let (rows, columns) = (weight.shape[0] as u64, weight.shape[1] as u64);
         let shape = match weight.experts {
             None => vec![rows, columns],
@@ -146,9 +148,16 @@ impl<'a> Packer<'a> {
             first += count;
         }
         let shards = plan.shards.iter().map(|shard| (shard.first, shard.count)).collect();
-        let row_bytes = columns.next_multiple_of(4) * format.bytes();
+        let mut row_bytes = columns.next_multiple_of(4) * format.bits() / 8;
         let index = self.add(Item { weight: plan, content: Content::Tensors(names.clone()), flat: false });
-        let scales = if format == WeightFormat::Fp8 { Some(self.scales(weight, &names)?) } else { None };
+        let scales = if format == WeightFormat::Fp8 {
+            Some(self.scales(weight, &names)?)
+        } else if format.is_grouped() {
+            row_bytes += columns / SCALE_GROUP * WeightFormat::F16.bits() / 8;
+            Some(self.group_scales(weight, names, format)?)
+        } else {
+            None
+        };
         Ok(Matrix {
             weight: index,
             scales: scales.map(|(index, _)| index),
@@ -156,6 +165,48 @@ impl<'a> Packer<'a> {
             shards,
             row_bytes,
         })
+    }
+
+    /// Format in which a matrix, the first tensor of which is `name`, is to stand on the device.
+    fn format_of(&mut self, weight: &WeightRef, name: &str, stored: WeightFormat) -> WeightFormat {
+        let Some(asked) = self.format else { return stored };
+        let format = match self.roles.get(name) {
+            // The router is never converted: a rounded logit may choose another expert.
+            Some((_, Part::Router)) => return stored,
+            // Rows of these are picked or read by column, in kernels that know no four bits.
+            Some((_, Part::Embedding | Part::Head | Part::MtpProjection)) if asked == WeightFormat::Int4 => {
+                WeightFormat::Int8
+            }
+            _ if asked == WeightFormat::Int4 && name.ends_with(".kv_b_proj.weight") => WeightFormat::Int8,
+            _ => asked,
+        };
+        let columns = weight.shape[1] as u64;
+        if format.is_grouped() && !columns.is_multiple_of(SCALE_GROUP) {
+            if self.unfit.iter().all(|(name, _)| *name != weight.name) {
+                self.unfit.push((weight.name.clone(), columns));
+            }
+            return stored;
+        }
+        format
+    }
+
+    /// What is to be said of matrices that were to be quantised and are not.
+    pub(crate) fn warning(&self) -> Option<String> {
+        let (name, columns) = self.unfit.first()?;
+        Some(format!(
+            "{} matrices keep the format they are stored in: their rows do not divide into groups of {SCALE_GROUP} numbers \
+             (the first is `{name}` with rows of {columns})",
+            self.unfit.len()
+        ))
+    }
+
+    /// Scales that the compiler will choose, one for each group of a row.
+    fn group_scales(&mut self, weight: &WeightRef, names: Vec<String>, format: WeightFormat) -> Result<(u32, Scales)> {
+        let (rows, columns) = (weight.shape[0], weight.shape[1] / SCALE_GROUP as usize);
+        let length = (rows * columns * names.len()) as u64;
+        let name = scale_name(&weight.name);
+        let index = self.add_flat(name, WeightFormat::F16, length, Content::Scales(names, format))?;
+        Ok((index, Scales { rows, columns, block: [1, SCALE_GROUP as usize] }))
     }
 
     fn scales(&mut self, weight: &WeightRef, names: &[String]) -> Result<(u32, Scales)> {
@@ -169,13 +220,15 @@ impl<'a> Packer<'a> {
         let (rows, columns) = (weight.shape[0].div_ceil(block[0]), weight.shape[1].div_ceil(block[1]));
         let names: Vec<String> = names.iter().map(|name| format!("{name}_scale_inv")).collect();
         let length = (rows * columns * names.len()) as u64;
-        let index = self.add_flat(format!("{}_scale_inv", weight.name), length, Content::Tensors(names))?;
+        let name = format!("{}_scale_inv", weight.name);
+        let index = self.add_flat(name, WeightFormat::F32, length, Content::Tensors(names))?;
         Ok((index, Scales { rows, columns, block }))
     }
 
     /// A vector, kept in f32.
     pub fn vector(&mut self, weight: &WeightRef) -> Result<u32> {
-        self.add_flat(weight.name.clone(), weight.shape[0] as u64, Content::Tensors(vec![weight.name.clone()]))
+        let content = Content::Tensors(vec![weight.name.clone()]);
+        self.add_flat(weight.name.clone(), WeightFormat::F32, weight.shape[0] as u64, content)
     }
 
     /// Numbers that the compiler made.
@@ -184,12 +237,12 @@ impl<'a> Packer<'a> {
             return Ok(*index);
         }
         let numbers = numbers();
-        self.add_flat(name.into(), numbers.len() as u64, Content::Generated(numbers))
+        self.add_flat(name.into(), WeightFormat::F32, numbers.len() as u64, Content::Generated(numbers))
     }
 
-    fn add_flat(&mut self, name: String, length: u64, content: Content) -> Result<u32> {
+    fn add_flat(&mut self, name: String, format: WeightFormat, length: u64, content: Content) -> Result<u32> {
         let shard = Shard { first: 0, count: 1, segments: Vec::new() };
-        let weight = Weight { name, format: WeightFormat::F32, shape: vec![1, length], shards: vec![shard] };
+        let weight = Weight { name, format, shape: vec![1, length], shards: vec![shard] };
         let bytes = weight.slice_bytes().unwrap_or(u64::MAX);
         if bytes > self.limit {
             return Err(Error::Argument {
@@ -210,10 +263,16 @@ impl<'a> Packer<'a> {
         index
     }
 
-    /// The weights without bytes, for a plan that is made without them.
-    pub fn without_weights(self) -> (Vec<WeightFile>, Vec<Weight>) {
-        (Vec::new(), self.items.into_iter().map(|item| item.weight).collect())
+    /// The weights without bytes, for a plan that is made without them, and warnings.
+    pub fn without_weights(self) -> (Vec<WeightFile>, Vec<Weight>, Vec<String>) {
+        let warnings = self.warning().into_iter().collect();
+        (Vec::new(), self.items.into_iter().map(|item| item.weight).collect(), warnings)
     }
+}
+
+/// Name of the scales that the compiler chose for a weight or a tensor.
+pub(crate) fn scale_name(name: &str) -> String {
+    format!("{name}_scale")
 }
 
 /// Gives each shard of `item` its segments. `place` says where a tensor stands (padded for matrices), `zeros` where some zero
@@ -224,6 +283,7 @@ pub(crate) fn place_item(item: &mut Item, place: impl Fn(&str) -> Segment, zeros
     let stacked = weight.shape.len() == 3;
     let parts: Vec<Segment> = match content {
         Content::Tensors(names) => names.iter().map(|name| place(name)).collect(),
+        Content::Scales(names, _) => names.iter().map(|name| place(&scale_name(name))).collect(),
         Content::Generated(_) => vec![place(&weight.name)],
     };
     for shard in &mut weight.shards {

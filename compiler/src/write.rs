@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fs::File;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use float8::F8E4M3;
@@ -14,7 +15,8 @@ use safetensors::tensor::{View, serialize_to_file};
 use crate::checkpoint::{Checkpoint, TensorView};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
-use crate::pack::{Content, Item, Packer, place_item};
+use crate::pack::{Content, Item, Packer, place_item, scale_name};
+use crate::quantize;
 
 /// A weight file of a bundle is not larger than this if its tensors allow.
 const MAX_FILE_BYTES: u64 = 4 << 30;
@@ -64,9 +66,101 @@ enum Source<'a> {
     /// The bytes as they are.
     Same(&'a [u8]),
     /// Converted, rows padded with zeros to the output's width.
-    Convert { tensor: TensorView<'a>, scales: Option<(TensorView<'a>, [usize; 2])> },
+    Convert(Matrix<'a>),
+    /// The codes of a tensor's groups, which `format` says.
+    Codes { matrix: Matrix<'a>, chosen: &'a Chosen },
+    /// Their scales, in f16.
+    Scales { matrix: Matrix<'a>, format: WeightFormat, chosen: &'a Chosen },
     /// Numbers.
     Numbers(&'a [f32]),
+}
+
+/// A tensor of the checkpoint with the scales of its blocks, if it has any.
+#[derive(Clone, Copy)]
+struct Matrix<'a> {
+    tensor: TensorView<'a>,
+    scales: Option<(TensorView<'a>, [usize; 2])>,
+}
+
+impl<'a> Matrix<'a> {
+    /// A tensor of `checkpoint` on its way to `format`.
+    fn new(checkpoint: &'a Checkpoint, tensor: TensorView<'a>, format: WeightFormat) -> Self {
+        let decode = tensor.dtype == Dtype::F8E4m3 && format != WeightFormat::Fp8;
+        let block = checkpoint.config().quantization.as_ref().map(|q| q.weight_block_size);
+        Self { tensor, scales: if decode { checkpoint.scale_of(tensor.name).zip(block) } else { None } }
+    }
+
+    fn columns(&self) -> usize {
+        self.tensor.shape.last().copied().unwrap_or(1).max(1)
+    }
+
+    fn rows(&self) -> usize {
+        self.tensor.elements() / self.columns()
+    }
+
+    fn number(&self, row: usize, column: usize) -> f32 {
+        let value = number(&self.tensor, row * self.columns() + column);
+        match &self.scales {
+            None => value,
+            Some((scales, block)) => {
+                value * number(scales, row / block[0] * self.columns().div_ceil(block[1]) + column / block[1])
+            }
+        }
+    }
+
+    /// An error for the first number that is not finite.
+    fn check_finite(&self, checkpoint: &Checkpoint) -> Result<()> {
+        let bad = (0..self.rows()).into_par_iter().find_map_first(|row| {
+            let mut numbers = (0..self.columns()).map(|column| (self.number(row, column), row, column));
+            numbers.find(|(number, ..)| !number.is_finite())
+        });
+        let Some((found, row, column)) = bad else { return Ok(()) };
+        let path = checkpoint.files()[self.tensor.file].path.clone();
+        Err(Error::NotFinite { path, tensor: self.tensor.name.to_owned(), row, column, found })
+    }
+
+    /// Calls `make` with the numbers of each group, in parallel, to fill `bytes` bytes for each.
+    fn groups(&self, bytes: usize, make: impl Fn(usize, &quantize::Numbers, &mut [u8]) + Sync) -> Vec<u8> {
+        let in_row = self.columns() / quantize::LEN;
+        let mut out = vec![0; self.rows() * in_row * bytes];
+        out.par_chunks_mut(in_row * bytes).enumerate().for_each(|(row, out)| {
+            for (at, out) in out.chunks_exact_mut(bytes).enumerate() {
+                let numbers = std::array::from_fn(|i| self.number(row, at * quantize::LEN + i));
+                make(row * in_row + at, &numbers, out);
+            }
+        });
+        out
+    }
+}
+
+/// Scales that were chosen for the first of two outputs, codes and scales, and wait for the other. Both stand in one file or
+/// in neighbours, so those of a file are all that ever wait.
+#[derive(Default)]
+struct Chosen(Mutex<HashMap<String, Vec<u8>>>);
+
+impl Chosen {
+    /// The scales of a tensor's groups.
+    fn scales(&self, matrix: &Matrix, format: WeightFormat) -> Vec<u8> {
+        let name = matrix.tensor.name;
+        if let Some(scales) = self.0.lock().expect("nobody panics with it").remove(name) {
+            return scales;
+        }
+        let scales = matrix.groups(2, |_, numbers, out| {
+            out.copy_from_slice(&quantize::scale(numbers, format).to_le_bytes());
+        });
+        self.0.lock().expect("nobody panics with it").insert(name.to_owned(), scales.clone());
+        scales
+    }
+
+    /// The codes of a tensor's groups.
+    fn codes(&self, matrix: &Matrix, format: WeightFormat) -> Vec<u8> {
+        let scales = self.scales(matrix, format);
+        let (scales, _) = scales.as_chunks::<2>();
+        matrix.groups(quantize::LEN * format.bits() as usize / 8, |group, numbers, out| {
+            let scale = f16::from_le_bytes(scales[group]);
+            quantize::pack(&quantize::codes(numbers, scale, format), format, out);
+        })
+    }
 }
 
 impl View for Output<'_> {
@@ -76,6 +170,8 @@ impl View for Output<'_> {
             WeightFormat::Bf16 => safetensors::Dtype::BF16,
             WeightFormat::F16 => safetensors::Dtype::F16,
             WeightFormat::Fp8 => safetensors::Dtype::F8_E4M3,
+            WeightFormat::Int8 => safetensors::Dtype::I8,
+            WeightFormat::Int4 => safetensors::Dtype::U8, // two numbers in each
         }
     }
 
@@ -91,15 +187,17 @@ impl View for Output<'_> {
         match &self.source {
             Source::Same(bytes) => Cow::Borrowed(bytes),
             Source::Numbers(numbers) => Cow::Borrowed(bytemuck::cast_slice(numbers)),
-            Source::Convert { tensor, scales } => {
+            Source::Convert(matrix) => {
                 let padded = self.shape.last().copied().unwrap_or(1);
-                Cow::Owned(convert(tensor, scales.as_ref(), self.format, padded))
+                Cow::Owned(convert(matrix, self.format, padded))
             }
+            Source::Codes { matrix, chosen } => Cow::Owned(chosen.codes(matrix, self.format)),
+            Source::Scales { matrix, format, chosen } => Cow::Owned(chosen.scales(matrix, *format)),
         }
     }
 
     fn data_len(&self) -> usize {
-        self.shape.iter().product::<usize>() * self.format.bytes() as usize
+        self.shape.iter().product::<usize>() * self.format.bits().div_ceil(8) as usize
     }
 }
 
@@ -115,32 +213,22 @@ fn number(tensor: &TensorView, i: usize) -> f32 {
     }
 }
 
-fn convert(
-    tensor: &TensorView,
-    scales: Option<&(TensorView, [usize; 2])>,
-    format: WeightFormat,
-    padded: usize,
-) -> Vec<u8> {
-    let columns = tensor.shape.last().copied().unwrap_or(1).max(1);
-    let width = format.bytes() as usize;
-    let mut out = vec![0; tensor.elements() / columns * padded * width];
+fn convert(matrix: &Matrix, format: WeightFormat, padded: usize) -> Vec<u8> {
+    let columns = matrix.columns();
+    let width = format.bits() as usize / 8;
+    let mut out = vec![0; matrix.rows() * padded * width];
     out.par_chunks_mut(padded * width).enumerate().for_each(|(row, out)| {
-        for column in 0..columns {
-            let i = row * columns + column;
-            if format == WeightFormat::Fp8 {
-                out[column] = tensor.data[i]; // only ever re-padded
-                continue;
-            }
-            let mut value = number(tensor, i);
-            if let Some((scales, block)) = scales {
-                value *= number(scales, row / block[0] * columns.div_ceil(block[1]) + column / block[1]);
-            }
-            let out = &mut out[column * width..];
+        if format == WeightFormat::Fp8 {
+            out[..columns].copy_from_slice(&matrix.tensor.data[row * columns..][..columns]); // only ever re-padded
+            return;
+        }
+        for (column, out) in out.chunks_exact_mut(width).take(columns).enumerate() {
+            let value = matrix.number(row, column);
             match format {
-                WeightFormat::F32 => out[..4].copy_from_slice(&value.to_le_bytes()),
-                WeightFormat::Bf16 => out[..2].copy_from_slice(&bf16::from_f32(value).to_le_bytes()),
-                WeightFormat::F16 => out[..2].copy_from_slice(&f16::from_f32(value).to_le_bytes()),
-                WeightFormat::Fp8 => {}
+                WeightFormat::F32 => out.copy_from_slice(&value.to_le_bytes()),
+                WeightFormat::Bf16 => out.copy_from_slice(&bf16::from_f32(value).to_le_bytes()),
+                WeightFormat::F16 => out.copy_from_slice(&f16::from_f32(value).to_le_bytes()),
+                WeightFormat::Fp8 | WeightFormat::Int8 | WeightFormat::Int4 => unreachable!("made elsewhere"),
             }
         }
     });
@@ -166,6 +254,19 @@ fn count_bad(tensor: &TensorView, format: WeightFormat) -> (usize, usize) {
         0
     };
     (nan, overflow)
+}
+
+/// What is to be said of the numbers of a tensor that becomes `format`.
+fn bad_numbers(tensor: &TensorView, format: WeightFormat) -> Warnings {
+    let (name, (nan, overflow)) = (tensor.name, count_bad(tensor, format));
+    let mut warnings = Vec::new();
+    if nan > 0 {
+        warnings.push(format!("tensor `{name}` holds {nan} NaN values; text made with it will be useless"));
+    }
+    if overflow > 0 {
+        warnings.push(format!("tensor `{name}` holds {overflow} values beyond the range of f16; they become infinite"));
+    }
+    warnings
 }
 
 /// A tensor that a weight is made of, as the checkpoint has it, and whether its bytes serve as they are.
@@ -196,22 +297,28 @@ pub fn write_weights(
     progress: Progress,
     stop: &AtomicBool,
 ) -> Result<(Vec<WeightFile>, Vec<Weight>, Warnings)> {
+    let mut warnings: Warnings = packer.warning().into_iter().collect();
     let Packer { checkpoint, mut items, .. } = packer;
-    let mut warnings = Vec::new();
+    let chosen = Chosen::default();
     let meter = Meter { done: AtomicU64::new(0), total: AtomicU64::new(0), progress, stop };
     let mut outputs: Vec<Output> = Vec::new();
     let mut referenced: Vec<usize> = Vec::new(); // files of the checkpoint
     let mut as_is: HashMap<String, (usize, u64, u64)> = HashMap::new();
     for item in &items {
+        let format = item.weight.format;
         let names = match &item.content {
             Content::Generated(numbers) => {
-                outputs.push(Output {
-                    name: item.weight.name.clone(),
-                    shape: vec![numbers.len()],
-                    format: WeightFormat::F32,
-                    source: Source::Numbers(numbers),
-                    meter: &meter,
-                });
+                let (name, shape) = (item.weight.name.clone(), vec![numbers.len()]);
+                outputs.push(Output { name, shape, format, source: Source::Numbers(numbers), meter: &meter });
+                continue;
+            }
+            Content::Scales(names, codes) => {
+                for name in names {
+                    let matrix = Matrix::new(checkpoint, checkpoint.tensor(name)?, *codes);
+                    let shape = vec![matrix.rows(), matrix.columns() / quantize::LEN];
+                    let source = Source::Scales { matrix, format: *codes, chosen: &chosen };
+                    outputs.push(Output { name: scale_name(name), shape, format, source, meter: &meter });
+                }
                 continue;
             }
             Content::Tensors(names) => names,
@@ -219,14 +326,11 @@ pub fn write_weights(
         for name in names {
             meter.check()?;
             let Part { tensor, as_is: serves } = part(checkpoint, item, name)?;
-            let (nan, overflow) = count_bad(&tensor, item.weight.format);
-            if nan > 0 {
-                warnings.push(format!("tensor `{name}` holds {nan} NaN values; text made with it will be useless"));
-            }
-            if overflow > 0 {
-                warnings.push(format!(
-                    "tensor `{name}` holds {overflow} values beyond the range of f16; they become infinite"
-                ));
+            let matrix = Matrix::new(checkpoint, tensor, format);
+            if format.is_grouped() {
+                matrix.check_finite(checkpoint)?;
+            } else {
+                warnings.extend(bad_numbers(&tensor, format));
             }
             if serves && reference {
                 as_is.insert(name.clone(), (tensor.file, tensor.offset as u64, tensor.data.len() as u64));
@@ -236,16 +340,17 @@ pub fn write_weights(
             let mut shape = tensor.shape.to_vec();
             let source = if serves {
                 Source::Same(tensor.data)
+            } else if format.is_grouped() {
+                if let Some(last) = shape.last_mut() {
+                    *last = *last * format.bits() as usize / 8;
+                }
+                Source::Codes { matrix, chosen: &chosen }
             } else {
                 if let (Some(last), true) = (shape.last_mut(), !item.flat) {
                     *last = last.next_multiple_of(4);
                 }
-                let block = checkpoint.config().quantization.as_ref().map(|q| q.weight_block_size);
-                let decode = tensor.dtype == Dtype::F8E4m3 && item.weight.format != WeightFormat::Fp8;
-                let scales = if decode { checkpoint.scale_of(name).zip(block) } else { None };
-                Source::Convert { tensor, scales }
+                Source::Convert(matrix)
             };
-            let format = item.weight.format;
             outputs.push(Output { name: name.clone(), shape, format, source, meter: &meter });
         }
     }

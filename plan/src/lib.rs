@@ -28,9 +28,9 @@ pub use mapped::Mapped;
 pub use taps::TapChoice;
 pub use types::{
     Access, Binding, BindingLayout, Buffer, Cost, DType, Kernel, ModelInfo, Parameter, ParameterKind, Plan, Precision,
-    Program, ProgramKind, Requirements, Role, Segment, Shard, Step, TOP_TOKENS, TapGroup, TapSpec, Weight, WeightFile,
-    WeightFormat, When,
+    Program, ProgramKind, Requirements, Role, SCALE_GROUP, Segment, Shard, Step, TOP_TOKENS, TapGroup, TapSpec, Weight,
+    WeightFile, WeightFormat, When,
 };
 
 /// Version of the bundle format. A bundle of another version is refused; compile it again.
-pub const FORMAT_VERSION: u32 = 4;
+pub const FORMAT_VERSION: u32 = 5;

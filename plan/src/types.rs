@@ -120,16 +120,30 @@ pub enum WeightFormat {
     F16,
     /// FP8 e4m3fn; a second weight holds the scales of its blocks.
     Fp8,
+    /// Signed bytes; a second weight holds the scales (f16) of their groups ([`SCALE_GROUP`]).
+    Int8,
+    /// Whole numbers from −8 to 7, stored plus 8 in four bits, the first of a row in the lowest bits; a second weight holds
+    /// the scales (f16) of their groups ([`SCALE_GROUP`]).
+    Int4,
 }
 
+/// Consecutive numbers of a row that share a scale where [`WeightFormat::is_grouped`]. Such rows divide into groups.
+pub const SCALE_GROUP: u64 = 32;
+
 impl WeightFormat {
-    /// Bytes of one number.
-    pub fn bytes(self) -> u64 {
+    /// Bits of one number, scales left out.
+    pub fn bits(self) -> u64 {
         match self {
-            WeightFormat::F32 => 4,
-            WeightFormat::Bf16 | WeightFormat::F16 => 2,
-            WeightFormat::Fp8 => 1,
+            WeightFormat::F32 => 32,
+            WeightFormat::Bf16 | WeightFormat::F16 => 16,
+            WeightFormat::Fp8 | WeightFormat::Int8 => 8,
+            WeightFormat::Int4 => 4,
         }
+    }
+
+    /// Whether groups of [`SCALE_GROUP`] numbers share a scale.
+    pub fn is_grouped(self) -> bool {
+        matches!(self, WeightFormat::Int8 | WeightFormat::Int4)
     }
 
     /// The name used in file names, labels and options.
@@ -139,6 +153,8 @@ impl WeightFormat {
             WeightFormat::Bf16 => "bf16",
             WeightFormat::F16 => "f16",
             WeightFormat::Fp8 => "fp8",
+            WeightFormat::Int8 => "int8",
+            WeightFormat::Int4 => "int4",
         }
     }
 }
@@ -160,7 +176,7 @@ impl Weight {
     /// Bytes of one slice along the first dimension, padding included.
     pub fn slice_bytes(&self) -> Option<u64> {
         let (columns, outer) = self.shape.split_last()?;
-        let padded = columns.checked_next_multiple_of(4)?.checked_mul(self.format.bytes())?;
+        let padded = columns.checked_next_multiple_of(4)?.checked_mul(self.format.bits())? / 8;
         outer.iter().skip(1).try_fold(padded, |bytes, &dim| bytes.checked_mul(dim))
     }
 

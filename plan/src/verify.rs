@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::{Component, Path};
 
-use crate::types::{Access, Binding, DType, ParameterKind, Plan, ProgramKind, Role, When};
+use crate::types::{Access, Binding, DType, ParameterKind, Plan, ProgramKind, Role, SCALE_GROUP, When};
 use crate::{Dim, FORMAT_VERSION};
 
 /// No index, size or grid of a sound plan comes near this; larger values would overflow sums.
@@ -92,6 +92,10 @@ fn verify_weights(plan: &Plan) -> Result<(), String> {
         let at = || format!("weight {}", weight.name);
         let slice = weight.slice_bytes().filter(|&bytes| bytes > 0 && bytes < ABSURD);
         let slice = slice.ok_or_else(|| format!("{} has shape {:?}", at(), weight.shape))?;
+        let has_groups = weight.shape.last().is_some_and(|columns| columns.is_multiple_of(SCALE_GROUP));
+        ensure(!weight.format.is_grouped() || has_groups, || {
+            format!("{}: rows of {:?} do not divide into groups of {SCALE_GROUP}", at(), weight.shape)
+        })?;
         let mut next = 0;
         for shard in &weight.shards {
             let bytes = shard.segments.iter().try_fold(0u64, |sum, segment| sum.checked_add(segment.bytes));

@@ -265,12 +265,12 @@ fn truncated_and_missing_files_are_named() {
 #[test]
 fn other_versions_are_refused_before_anything_else() {
     let (_dir, path) = bundle();
-    for version in ["0", "1", "2", "3", "5", "4294967296", "18446744073709551615"] {
+    for version in ["0", "1", "2", "3", "4", "6", "4294967296", "18446744073709551615"] {
         fs::write(path.join(MANIFEST), format!("{{\"format_version\": {version}}}")).unwrap();
         assert!(matches!(read(&path), Err(Error::Version { expected: FORMAT_VERSION, .. })), "{version}");
     }
     for text in
-        ["", "{}", "[]", "null", "{\"format_version\": \"1\"}", "{\"format_version\": 4}", "{\"format_version\": -1}"]
+        ["", "{}", "[]", "null", "{\"format_version\": \"1\"}", "{\"format_version\": 5}", "{\"format_version\": -1}"]
     {
         fs::write(path.join(MANIFEST), text).unwrap();
         assert!(matches!(read(&path), Err(Error::Damaged { .. })), "{text}");
@@ -327,7 +327,7 @@ fn a_weight_file_must_be_the_one_of_the_plan() {
 fn plans_that_contradict_themselves_are_refused() {
     type Change = fn(&mut Plan);
     let second = |p: &mut Plan| p.parameters.push(p.parameters[0].clone());
-    let cases: [(&str, Change); 45] = [
+    let cases: [(&str, Change); 47] = [
         ("vocab_size", |p| p.model.vocab_size = 0),
         ("max_context", |p| p.model.max_context = 0),
         ("weight file", |p| p.files[0].bytes = u64::MAX),
@@ -338,6 +338,8 @@ fn plans_that_contradict_themselves_are_refused() {
         ("a shard of", |p| p.weights[0].shape[1] = 5),
         ("has shape", |p| p.weights[0].shape = vec![4, u64::MAX]),
         ("has shape", |p| p.weights[0].shape = Vec::new()),
+        ("divide into groups of 32", |p| p.weights[0].format = WeightFormat::Int8),
+        ("a shard of", |p| (p.weights[0].format, p.weights[0].shape[1]) = (WeightFormat::Int4, 32)),
         ("shards cover", |p| p.weights[0].shape[0] = 5),
         ("not consecutive", |p| p.weights[0].shards[1].first = 0),
         ("max_binding_bytes", |p| p.requirements.max_binding_bytes = 23),

@@ -6,8 +6,8 @@ use std::fmt;
 use moewe_plan::WeightFormat;
 
 use crate::skeleton::{
-    LATENT_F16, LATENT_F32, MATRIX_NARROW, MATRIX_WIDE_4, MATRIX_WIDE_8, MATRIX_WIDE_16, REDUCE_NONE, REDUCE_SUBGROUP,
-    REDUCE_WORKGROUP, WEIGHT_BF16, WEIGHT_F16, WEIGHT_F32, WEIGHT_FP8,
+    LATENT_F16, LATENT_F32, MATRIX_NARROW, MATRIX_WIDE_2, MATRIX_WIDE_4, MATRIX_WIDE_8, MATRIX_WIDE_16, REDUCE_NONE,
+    REDUCE_SUBGROUP, REDUCE_WORKGROUP, WEIGHT_BF16, WEIGHT_F16, WEIGHT_F32, WEIGHT_FP8, WEIGHT_INT4, WEIGHT_INT8,
 };
 
 /// Value of a constant of the module `tune`.
@@ -127,11 +127,12 @@ impl Variant {
         }
     }
 
-    /// Plugs in a weight format. FP8 comes with scales: flag `scaled`.
+    /// Plugs in a weight format. FP8 comes with scales: flag `scaled`. So do groups, with scales in f16: flag `half_scales`.
     #[must_use]
     pub fn weight(mut self, format: WeightFormat) -> Self {
         self.weight = Some(format);
-        self.flag("scaled", format == WeightFormat::Fp8)
+        let grouped = format.is_grouped();
+        self.flag("scaled", grouped || format == WeightFormat::Fp8).flag("half_scales", grouped)
     }
 
     /// Reads rows of weights in blocks of [`BLOCK`] numbers; they must divide into them.
@@ -187,7 +188,9 @@ impl Variant {
         parts.extend(self.wide.then(|| "wide".to_owned()));
         parts.extend(self.latent.map(|latent| latent.name().to_owned()));
         parts.extend(self.reduce.map(|reduce| reduce.name().to_owned()));
-        parts.extend(self.flags.iter().filter(|flag| **flag != "scaled").map(|&flag| flag.to_owned()));
+        parts.extend(
+            self.flags.iter().filter(|flag| !["half_scales", "scaled"].contains(flag)).map(|&flag| flag.to_owned()),
+        );
         let consts: Vec<String> = self
             .consts
             .iter()
@@ -203,6 +206,8 @@ impl Variant {
             WeightFormat::Bf16 => WEIGHT_BF16,
             WeightFormat::F16 => WEIGHT_F16,
             WeightFormat::Fp8 => WEIGHT_FP8,
+            WeightFormat::Int8 => WEIGHT_INT8,
+            WeightFormat::Int4 => WEIGHT_INT4,
         })
     }
 
@@ -211,7 +216,8 @@ impl Variant {
             _ if !self.wide => MATRIX_NARROW,
             WeightFormat::F32 => MATRIX_WIDE_16,
             WeightFormat::Bf16 | WeightFormat::F16 => MATRIX_WIDE_8,
-            WeightFormat::Fp8 => MATRIX_WIDE_4,
+            WeightFormat::Fp8 | WeightFormat::Int8 => MATRIX_WIDE_4,
+            WeightFormat::Int4 => MATRIX_WIDE_2,
         })
     }
 }

@@ -3,7 +3,14 @@
 use moewe_plan::{Access, WeightFormat};
 use moewe_shaders::{Latent, Reduce, SKELETONS, Skeleton, Variant, link};
 
-const FORMATS: [WeightFormat; 4] = [WeightFormat::F32, WeightFormat::Bf16, WeightFormat::F16, WeightFormat::Fp8];
+const FORMATS: [WeightFormat; 6] = [
+    WeightFormat::F32,
+    WeightFormat::Bf16,
+    WeightFormat::F16,
+    WeightFormat::Fp8,
+    WeightFormat::Int8,
+    WeightFormat::Int4,
+];
 
 /// A variant of each skeleton with small odd shapes for all constants that any of them reads.
 fn with_shapes(kernel: &'static str) -> Variant {
@@ -68,8 +75,8 @@ fn plugs(variant: &Variant, skeleton: &Skeleton) -> Vec<Variant> {
 fn every_variant_links_and_validates() {
     let mut count = 0;
     for skeleton in SKELETONS {
-        // `scaled` follows the format; the other flags are free.
-        let flags: Vec<_> = skeleton.flags.iter().filter(|flag| **flag != "scaled").collect();
+        // `scaled` and `half_scales` follow the format; the other flags are free.
+        let flags: Vec<_> = skeleton.flags.iter().filter(|flag| !["scaled", "half_scales"].contains(flag)).collect();
         for bits in 0..1u32 << flags.len() {
             let mut variant = with_shapes(skeleton.name);
             for (i, flag) in flags.iter().enumerate() {

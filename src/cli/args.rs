@@ -8,6 +8,7 @@ use moewe_plan::TapChoice;
 mod engine;
 mod eval;
 mod load;
+mod quantize;
 mod serve;
 mod usage;
 mod watch;
@@ -15,6 +16,7 @@ mod watch;
 pub use engine::EngineArgs;
 pub use eval::{BenchArgs, BenchCommand, EvalArgs, EvalCommand, KlArgs, PerplexityArgs, TextArgs};
 pub use load::LoadArgs;
+pub use quantize::QuantizeArgs;
 pub use serve::{LogArgs, ServeArgs};
 pub use usage::{ByArg, UsageArgs};
 use watch::taps;
@@ -33,6 +35,7 @@ pub use watch::{EditArgs, PaletteArg, PlaceArgs, ThemeArg, ViewArgs, WatchArgs};
         moewe chat models/demo\n  \
         moewe serve models/demo\n  \
         moewe compile models/demo -o demo.moewe && moewe explain demo.moewe\n  \
+        moewe quantize models/demo --bits 4 -o demo-int4.moewe\n  \
         moewe inspect config.json --gpu h200 --price-per-gpu-hour 3\n  \
         moewe doctor",
     max_term_width = 100
@@ -58,6 +61,8 @@ pub enum Command {
     Trace(TraceArgs),
     /// Compile a checkpoint into a bundle of kernels, plan and weights
     Compile(CompileArgs),
+    /// Compile a checkpoint with weights of 8 or 4 bits, and measure what that changes
+    Quantize(QuantizeArgs),
     /// Count parameters, cache and cost of a model, without a GPU
     Inspect(InspectArgs),
     /// Show the kernels of a bundle: which, why, and what they move and compute
@@ -309,6 +314,10 @@ pub enum WeightsArg {
     Bf16,
     /// 16-bit floats
     F16,
+    /// 8 bits and a scale for each 32 numbers of a row
+    Int8,
+    /// 4 bits and a scale for each 32 numbers of a row; embedding, head, kv_b and the entry of MTP modules as int8
+    Int4,
 }
 
 /// `moewe compile`.

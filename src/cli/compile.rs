@@ -30,6 +30,8 @@ pub fn run(args: &CompileArgs) -> anyhow::Result<()> {
         WeightsArg::F32 => Some(WeightFormat::F32),
         WeightsArg::Bf16 => Some(WeightFormat::Bf16),
         WeightsArg::F16 => Some(WeightFormat::F16),
+        WeightsArg::Int8 => Some(WeightFormat::Int8),
+        WeightsArg::Int4 => Some(WeightFormat::Int4),
     };
     let options = Options {
         profile: Profile::load(&args.target)?,

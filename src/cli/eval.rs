@@ -74,46 +74,15 @@ fn kl(args: &KlArgs) -> anyhow::Result<()> {
     if let Some(other) = &args.against {
         model::must_exist(other, "--against is a checkpoint directory or a bundle")?;
     }
-    let Some(opened) = model::open(&args.model)? else { return Ok(()) };
-    let reference_args = args.reference();
-    let other = args.against.as_ref().map(|_| model::open_on(opened.gpu().clone(), &reference_args)).transpose()?;
-    let reference = other.as_ref().unwrap_or(&opened);
-    let (path, reference_path) = (args.model.path(), reference_args.path());
-    let sizes = [&opened, reference].map(|opened| opened.plan().model.vocab_size);
-    if sizes[0] != sizes[1] {
-        anyhow::bail!(
-            "{} has a vocabulary of {} tokens, {} one of {}; their predictions cannot be compared",
-            path.display(),
-            sizes[0],
-            reference_path.display(),
-            sizes[1]
-        );
-    }
-    // A model without tokenizer takes the other's tokens.
-    let text = match (&opened.text, &reference.text) {
-        (None, Some(_)) => Tokens::new(&contents, reference, reference_path)?,
-        _ => Tokens::new(&contents, &opened, path)?,
-    };
-    if opened.text.is_some() && reference.text.is_some() && other.is_some() {
-        let found = Tokens::new(&contents, reference, reference_path)?;
-        same_tokens(&found.ids, &text.ids, reference_path, path)?;
-    }
-    let windows = Windows::new(&args.text, None, &[&opened, reference], &text)?;
-    let kinds = [ProgramKind::Trace];
-    let loaded = opened.load(&kinds)?;
-    let other = other.map(|other| other.load(&kinds)).transpose()?.unwrap_or_else(|| loaded.clone());
-    let mut scorers =
-        [scorer(&loaded, args.model.precision, &windows)?, scorer(&other, args.against_precision, &windows)?];
-    let mut comparison = Comparison::default();
-    let run = windows.run(&text, &mut scorers, args.model.prefill_chunk, &mut |rows, token| {
-        comparison.add(&Distribution::new(rows[1])?, &Distribution::new(rows[0])?, token)
-    })?;
+    let Some(compared) = compare(args, &contents)? else { return Ok(()) };
+    let Compared { comparison, run, text, windows } = &compared;
     if comparison.divergence.is_empty() {
         return interrupt::check();
     }
-    let Comparison { divergence, shift, model, reference, .. } = &comparison;
+    let Comparison { divergence, shift, model, reference, .. } = comparison;
+    let (path, reference_path) = (args.model.path(), args.against.as_deref().unwrap_or(args.model.path()));
     if args.json {
-        let mut report = run.json(&args.model, &text, &windows);
+        let mut report = run.json(&args.model, text, windows);
         report["against"] = json!(reference_path);
         report["against_precision"] = json!(moewe_plan::Precision::from(args.against_precision).name());
         report["kl"] = json!({
@@ -136,7 +105,7 @@ fn kl(args: &KlArgs) -> anyhow::Result<()> {
         path.display(),
         moewe_plan::Precision::from(args.model.precision).name(),
     );
-    out += &run.text(&text, &windows, divergence.len());
+    out += &run.text(text, windows, divergence.len());
     out += &format!("mean           {} ± {} nats\n", small(divergence.mean()), small(divergence.standard_error()));
     out += &format!("median         {}\n", small(divergence.quantile(0.5)));
     out += &format!("99.9 %         {}\n", small(divergence.quantile(0.999)));
@@ -146,6 +115,66 @@ fn kl(args: &KlArgs) -> anyhow::Result<()> {
     out += &format!("perplexity     P {:.4}, Q {:.4}\n", reference.perplexity(), model.perplexity());
     out += &run.speed();
     Ok(output::write(&out)?)
+}
+
+/// What two models make of a text.
+pub struct Compared {
+    /// KL divergence, agreement and likelihoods.
+    pub comparison: Comparison,
+    run: Run,
+    text: Tokens,
+    windows: Windows,
+}
+
+impl Compared {
+    /// Whether the whole text was run.
+    pub fn is_complete(&self) -> bool {
+        self.run.complete
+    }
+
+    /// Tokens of a window.
+    pub fn context(&self) -> usize {
+        self.windows.context
+    }
+}
+
+/// Runs both models over a text, which is read already. `None` if only the devices were to be listed.
+pub fn compare(args: &KlArgs, contents: &Contents) -> anyhow::Result<Option<Compared>> {
+    let Some(opened) = model::open(&args.model)? else { return Ok(None) };
+    let reference_args = args.reference();
+    let other = args.against.as_ref().map(|_| model::open_on(opened.gpu().clone(), &reference_args)).transpose()?;
+    let reference = other.as_ref().unwrap_or(&opened);
+    let (path, reference_path) = (args.model.path(), reference_args.path());
+    let sizes = [&opened, reference].map(|opened| opened.plan().model.vocab_size);
+    if sizes[0] != sizes[1] {
+        anyhow::bail!(
+            "{} has a vocabulary of {} tokens, {} one of {}; their predictions cannot be compared",
+            path.display(),
+            sizes[0],
+            reference_path.display(),
+            sizes[1]
+        );
+    }
+    // A model without tokenizer takes the other's tokens.
+    let text = match (&opened.text, &reference.text) {
+        (None, Some(_)) => Tokens::new(contents, reference, reference_path)?,
+        _ => Tokens::new(contents, &opened, path)?,
+    };
+    if opened.text.is_some() && reference.text.is_some() && other.is_some() {
+        let found = Tokens::new(contents, reference, reference_path)?;
+        same_tokens(&found.ids, &text.ids, reference_path, path)?;
+    }
+    let windows = Windows::new(&args.text, None, &[&opened, reference], &text)?;
+    let kinds = [ProgramKind::Trace];
+    let loaded = opened.load(&kinds)?;
+    let other = other.map(|other| other.load(&kinds)).transpose()?.unwrap_or_else(|| loaded.clone());
+    let mut scorers =
+        [scorer(&loaded, args.model.precision, &windows)?, scorer(&other, args.against_precision, &windows)?];
+    let mut comparison = Comparison::default();
+    let run = windows.run(&text, &mut scorers, args.model.prefill_chunk, &mut |rows, token| {
+        comparison.add(&Distribution::new(rows[1])?, &Distribution::new(rows[0])?, token)
+    })?;
+    Ok(Some(Compared { comparison, run, text, windows }))
 }
 
 /// An error if two tokenizers split a text differently.
@@ -165,7 +194,7 @@ fn same_tokens(found: &[u32], expected: &[u32], found_by: &Path, expected_by: &P
 }
 
 /// A small number, readable at any size.
-fn small(number: f64) -> String {
+pub fn small(number: f64) -> String {
     if number == 0.0 || (1e-3..1e6).contains(&number) { format!("{number:.6}") } else { format!("{number:.3e}") }
 }
 
@@ -175,14 +204,17 @@ fn nats_line(name: &str, likelihood: &Likelihood) -> String {
 }
 
 /// FILE, read before anything takes time.
-enum Contents {
+pub enum Contents {
+    /// Text to be encoded.
     Text(String),
+    /// Token ids.
     Ids(Vec<u32>),
     /// Only devices are listed.
     Nothing,
 }
 
-fn read(args: &TextArgs, model: &ModelArgs) -> anyhow::Result<Contents> {
+/// Reads FILE.
+pub fn read(args: &TextArgs, model: &ModelArgs) -> anyhow::Result<Contents> {
     if model.device.is_list() {
         return Ok(Contents::Nothing);
     }

@@ -17,6 +17,7 @@ mod key;
 mod model;
 mod output;
 mod progress;
+mod quantize;
 mod run;
 mod serve;
 mod served;
@@ -56,6 +57,7 @@ pub fn run() -> ExitCode {
         Command::View(args) => view::run(&args),
         Command::Trace(args) => trace::run(&args),
         Command::Compile(args) => compile::run(&args),
+        Command::Quantize(args) => quantize::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Explain(args) => explain::run(&args),
         Command::Eval(args) => eval::run(&args),

@@ -4,7 +4,10 @@ use moewe_oracle::numeric;
 use moewe_plan::WeightFormat;
 use moewe_shaders::Variant;
 
+/// Formats for rows of any length.
 pub const FORMATS: [WeightFormat; 4] = [WeightFormat::F32, WeightFormat::Bf16, WeightFormat::F16, WeightFormat::Fp8];
+/// Formats for rows that divide into groups of 32 numbers, each with an f16 scale.
+pub const GROUPED: [WeightFormat; 2] = [WeightFormat::Int8, WeightFormat::Int4];
 
 /// How far a kernel's numbers may be from the oracle's.
 pub struct Tolerance {
@@ -143,6 +146,8 @@ pub fn decode(format: WeightFormat, code: u32) -> f32 {
         WeightFormat::Bf16 => numeric::bf16_to_f32(code as u16),
         WeightFormat::F16 => numeric::f16_to_f32(code as u16),
         WeightFormat::Fp8 => numeric::e4m3_to_f32(code as u8),
+        WeightFormat::Int8 => f32::from(code as u8 as i8),
+        WeightFormat::Int4 => code as f32 - 8.0,
     }
 }
 
@@ -153,6 +158,7 @@ pub fn encode(format: WeightFormat, number: f32) -> u32 {
         WeightFormat::Bf16 => numeric::f32_to_bf16(number).into(),
         WeightFormat::F16 => numeric::f32_to_f16(number).into(),
         WeightFormat::Fp8 => numeric::f32_to_e4m3(number).into(),
+        WeightFormat::Int8 | WeightFormat::Int4 => panic!("codes of {format:?} mean nothing without a scale"),
     }
 }
 
@@ -162,7 +168,7 @@ pub struct Matrix {
     pub format: WeightFormat,
     pub columns: usize,
     pub codes: Vec<u32>,
-    /// Empty but for FP8.
+    /// Empty for formats without scales.
     pub scales: Vec<f32>,
     /// Rows of one expert, or all.
     rows: usize,
@@ -173,8 +179,9 @@ impl Matrix {
     /// A matrix of given codes with scales of 1 (FP8).
     pub fn of(format: WeightFormat, rows: usize, columns: usize, codes: Vec<u32>) -> Self {
         assert_eq!(codes.len(), rows * columns);
-        let mut matrix = Self { format, columns, codes, scales: Vec::new(), rows, block: [5, 8] };
-        if format == WeightFormat::Fp8 {
+        let block = if GROUPED.contains(&format) { [1, 32] } else { [5, 8] };
+        let mut matrix = Self { format, columns, codes, scales: Vec::new(), rows, block };
+        if format == WeightFormat::Fp8 || GROUPED.contains(&format) {
             let [rows, columns] = matrix.scale_shape();
             matrix.scales = vec![1.0; rows * columns];
         }
@@ -190,6 +197,8 @@ impl Matrix {
                     break code;
                 }
             },
+            (_, WeightFormat::Int8) => rng.below(256) as u32,
+            (_, WeightFormat::Int4) => rng.below(16) as u32,
             (0, _) => encode(format, if rng.next() & 1 == 0 { 0.0 } else { -0.0 }),
             (1, WeightFormat::F32) => 1 + rng.below(1000) as u32,
             (1, WeightFormat::Bf16) => 1 + rng.below(127) as u32,
@@ -198,7 +207,15 @@ impl Matrix {
         };
         let codes = (0..rows * columns).map(|_| code(rng)).collect();
         let mut matrix = Self::of(format, rows, columns, codes);
-        matrix.scales.iter_mut().for_each(|scale| *scale = 2f32.powf(rng.unit() as f32 * 4.0 - 8.0));
+        let grouped = GROUPED.contains(&format);
+        for scale in &mut matrix.scales {
+            *scale = 2f32.powf(rng.unit() as f32 * 4.0 - 8.0);
+            if grouped {
+                // Some are subnormal, some zero, some negative.
+                let wild = *scale * [1.0, -1.0, 1e-5, 0.0][rng.below(16).min(3)];
+                *scale = numeric::f16_to_f32(numeric::f32_to_f16(wild));
+            }
+        }
         matrix
     }
 
@@ -266,10 +283,23 @@ impl Matrix {
         self.numbers()[expert * size..][..size].to_vec()
     }
 
+    /// Scales as they lie in device memory: f32, or pairs of f16.
+    pub fn scale_words(&self) -> Vec<u32> {
+        if !GROUPED.contains(&self.format) {
+            return self.scales.iter().map(|scale| scale.to_bits()).collect();
+        }
+        let half = |scale: &f32| u32::from(numeric::f32_to_f16(*scale));
+        self.scales.chunks(2).map(|pair| half(&pair[0]) | pair.get(1).map_or(0, half) << 16).collect()
+    }
+
     /// Rows as they lie in device memory, each padded to four numbers.
     pub fn row_words(&self, first: usize, count: usize) -> Vec<u32> {
         let mut bytes = Vec::new();
-        let size = self.format.bytes() as usize;
+        if self.format == WeightFormat::Int4 {
+            let pairs = self.codes[first * self.columns..][..count * self.columns].chunks_exact(8);
+            return pairs.map(|eight| (0..).zip(eight).fold(0, |word, (i, code)| word | code << (4 * i))).collect();
+        }
+        let size = self.format.bits() as usize / 8;
         for row in self.codes[first * self.columns..][..count * self.columns].chunks(self.columns) {
             bytes.extend(row.iter().flat_map(|code| code.to_le_bytes().into_iter().take(size)));
             bytes.resize(bytes.len() + (self.columns.next_multiple_of(4) - self.columns) * size, 0);

@@ -4,7 +4,7 @@ use moewe_oracle::ops;
 use moewe_plan::WeightFormat;
 use moewe_shaders::{Reduce, Variant};
 
-use super::data::{FORMATS, Matrix, Rng, assert_agrees, compare, f64s, product_size, swiglu_size};
+use super::data::{FORMATS, GROUPED, Matrix, Rng, assert_agrees, compare, f64s, product_size, swiglu_size};
 use super::harness::{Call, UNTOUCHED, Way, bits, ways};
 
 const EPS: f64 = 1e-6;
@@ -189,6 +189,22 @@ impl Down {
             ops::add_scaled(&mut size[at..][..self.n], weight.abs(), &product_size(y, &down, k));
         }
         (want, size)
+    }
+}
+
+#[test]
+fn groups_with_scales_of_their_own() {
+    let mut rng = Rng::new(29);
+    for format in GROUPED {
+        for way in ways() {
+            let (n, k, t) = (37, 96, 2);
+            let case = GateUp::random(&mut rng, format, n, k, t, way);
+            let (want, size) = case.expected();
+            assert_agrees("experts_gate_up", &format!("{format:?} {way:?}"), &case.run(&PARTS), &want, &size);
+            let case = Down::random(&mut rng, format, n, k, t, way);
+            let (want, size) = case.expected(|_| true);
+            assert_agrees("experts_down", &format!("{format:?} {way:?}"), &case.run(&PARTS), &want, &size);
+        }
     }
 }
 

@@ -221,7 +221,8 @@ impl Call {
     /// Rows `first … first + count - 1` of a matrix, with all its scales under `{name}_scale`.
     pub fn matrix(self, name: &str, matrix: &Matrix, first: usize, count: usize) -> Self {
         let call = self.words(name, &matrix.row_words(first, count));
-        if matrix.scales.is_empty() { call } else { call.floats(&format!("{name}_scale"), &matrix.scales) }
+        let scales = matrix.scale_words();
+        if scales.is_empty() { call } else { call.words(&format!("{name}_scale"), &scales) }
     }
 
     /// Dispatches and waits. Every binding must have a buffer, and every buffer a binding.

@@ -4,7 +4,7 @@ use moewe_oracle::ops;
 use moewe_plan::WeightFormat;
 use moewe_shaders::{Reduce, Variant};
 
-use super::data::{FORMATS, Matrix, Rng, assert_agrees, compare, decode, f64s, product_size, swiglu_size};
+use super::data::{FORMATS, GROUPED, Matrix, Rng, assert_agrees, compare, decode, f64s, product_size, swiglu_size};
 use super::harness::{Call, UNTOUCHED, Way, ways};
 
 const EPS: f64 = 1e-5;
@@ -238,6 +238,29 @@ fn a_long_row() {
     }
 }
 
+#[test]
+fn groups_with_scales_of_their_own() {
+    let mut rng = Rng::new(18);
+    for (case, format) in GROUPED.into_iter().enumerate() {
+        for way in ways() {
+            let (n, k, t) = ([5, 131][case % 2], [32, 96, 288][case % 3], 3);
+            let w = Matrix::random(&mut rng, format, n, k);
+            let mut linear = Linear { way, tile: [1, 2][case % 2], ..Linear::plain(w, rng.numbers(t * k)) };
+            linear.norm = Some(rng.norm(k));
+            linear.parts = vec![(0, 2), (2, n - 2)];
+            linear.check(&format!("{format:?} {way:?} K {k}, N {n}"));
+            linear.u = Some(Matrix::random(&mut rng, format, n, k));
+            linear.check(&format!("{format:?} {way:?} K {k}, N {n}, gated"));
+        }
+    }
+    let w = Matrix::random(&mut rng, WeightFormat::Int8, 7, 96);
+    let ids = [6, 0, 3];
+    let got: Vec<f32> = embed(&w, &ids, &[(0, 4), (4, 3)]).into_iter().map(f32::from_bits).collect();
+    let numbers = w.numbers();
+    let want: Vec<f64> = ids.iter().flat_map(|&id| &numbers[id as usize * 96..][..96]).copied().collect();
+    assert_agrees("embed", "Int8", &got, &want, &super::data::magnitudes(&want));
+}
+
 /// Two matrices with one input: rows of the second follow those of the first.
 #[test]
 fn a_second_matrix_with_the_same_input() {
@@ -329,11 +352,13 @@ fn embed(w: &Matrix, ids: &[u32], parts: &[(usize, usize)]) -> Vec<u32> {
 fn every_code_is_decoded_exactly() {
     let specials = [0, 1, 0x007f_ffff, 0x0080_0000, 0x3f80_0000, 0x7f7f_ffff, 0x7f80_0000, 0x7fc0_0000];
     let f32s: Vec<u32> = specials.iter().flat_map(|&code| [code, code | 0x8000_0000]).collect();
-    for format in FORMATS {
+    for format in FORMATS.into_iter().chain([WeightFormat::Int8]) {
         let (codes, columns): (Vec<u32>, usize) = match format {
             WeightFormat::F32 => (f32s.clone(), 4),
             WeightFormat::Bf16 | WeightFormat::F16 => ((0..65536).collect(), 256),
             WeightFormat::Fp8 => ((0..256).collect(), 16),
+            WeightFormat::Int8 => ((0..256).collect(), 32),
+            WeightFormat::Int4 => unreachable!("embeddings have no four bits"),
         };
         let rows = codes.len() / columns;
         let ids: Vec<u32> = (0..rows as u32).collect();

@@ -1,6 +1,6 @@
 //! The time in which the bytes of a line can be moved at all.
 
-use moewe_plan::{Binding, Plan, Program, ProgramKind, Step};
+use moewe_plan::{Binding, Plan, Program, ProgramKind, SCALE_GROUP, Step, WeightFormat};
 
 use super::super::cost::{Load, cost};
 use super::super::served::draft_modules;
@@ -102,11 +102,14 @@ impl Machine<'_> {
         let (experts, per_token) = (f64::from(info.experts), f64::from(info.num_experts_per_tok));
         let layout = &self.plan.kernels[step.kernel as usize].bindings;
         let bound = step.bindings.iter().zip(layout).map(|(binding, layout)| match *binding {
-            // Costs leave block scales out.
+            // Costs leave block scales out, and have those of groups with the rows.
             Binding::Weight { weight, shard } if !layout.name.ends_with("_scale") => {
                 let weight = &self.plan.weights[weight as usize];
                 let is_stacked = weight.shape.len() == 3;
-                if is_stacked { weight.shards[shard as usize].count * weight.slice_bytes().unwrap_or(0) } else { 0 }
+                let codes = weight.shards[shard as usize].count * weight.slice_bytes().unwrap_or(0);
+                let groups =
+                    if weight.format.is_grouped() { codes * 8 / weight.format.bits() / SCALE_GROUP } else { 0 };
+                if is_stacked { codes + groups * WeightFormat::F16.bits() / 8 } else { 0 }
             }
             _ => 0,
         });
