@@ -12,6 +12,8 @@ mod drafting;
 mod edits;
 #[path = "kernels/experts.rs"]
 mod experts;
+#[path = "kernels/gemm.rs"]
+mod gemm;
 #[path = "kernels/harness.rs"]
 mod harness;
 #[path = "kernels/latents.rs"]

@@ -1,6 +1,7 @@
 //! From a fused graph to the steps of a program: one kernel for each operation, one dispatch for each shard of its weights.
 
 mod attention;
+mod prefill;
 mod router;
 
 use std::collections::HashMap;
@@ -16,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::graph::{Asked, Graph, Node, NodeId, Norm, Op, Rows, Value, WeightId};
 use crate::memory::{Buffers, assign, symbol};
 use crate::pack::{Matrix, Packer};
-use crate::select::{self, MAX_ROWS, Selector, WORKGROUP};
+use crate::select::{self, MAX_ROWS, Selector, Tiled, WORKGROUP};
 
 /// Name of the RoPE table among the weights.
 const ANGLES: &str = "moewe.rope_angles";
@@ -84,6 +85,8 @@ struct Lowering<'a, 'b> {
     shared: &'a mut Shared<'b>,
     values: HashMap<Value, u32>,
     steps: Vec<Step>,
+    /// Slots that were sorted by expert last.
+    sorted: Option<prefill::Sorted>,
 }
 
 /// Steps and taps of a graph. `program` names the buffers of its tapped values; positions of its rows start at
@@ -98,7 +101,8 @@ pub fn lower(
 ) -> Result<(Vec<Step>, Vec<TapSpec>)> {
     let values = assign(graph, program, &mut shared.buffers);
     let (only_for, when) = (graph.only_for(), graph.when());
-    let mut lowering = Lowering { config, graph, selector, first_position, shared, values, steps: Vec::new() };
+    let mut lowering =
+        Lowering { config, graph, selector, first_position, shared, values, steps: Vec::new(), sorted: None };
     for id in 0..graph.nodes.len() {
         let first = lowering.steps.len();
         lowering.node(id)?;
@@ -251,6 +255,7 @@ impl Lowering<'_, '_> {
             grid,
             params,
             cost,
+            indirect: None,
             only_for: Vec::new(),
             when: When::Always,
         });
@@ -350,8 +355,7 @@ impl Lowering<'_, '_> {
         slots.extend(residual.map(|residual| ("residual", Slot::Value(residual))));
         let matrix = self.matrix(weight, 1)?;
         let flags = [("bias", bias.is_some()), ("residual", residual.is_some())];
-        let variant = self.selector.linear(matrix.stored, self.len(y), self.len(x), &flags, eps);
-        self.matrix_steps(node, &variant, &slots, &[("w", "w_scale", &matrix)], x, y)
+        self.matrix_steps(node, &flags, eps, &slots, &[("w", "w_scale", &matrix)], x, y)
     }
 
     fn gate_up(&mut self, node: &Node, gate: WeightId, up: WeightId, norm: Option<Norm>, y: Value) -> Result<()> {
@@ -360,8 +364,8 @@ impl Lowering<'_, '_> {
         let eps = self.norm(norm, &mut slots)?;
         let (gate, up) = (self.matrix(gate, 1)?, self.matrix(up, 1)?);
         self.same_format(node, &gate, &up)?;
-        let variant = self.selector.linear(gate.stored, self.len(y), self.len(x), &[("gated", true)], eps);
-        self.matrix_steps(node, &variant, &slots, &[("w", "w_scale", &gate), ("u", "u_scale", &up)], x, y)
+        let matrices = [("w", "w_scale", &gate), ("u", "u_scale", &up)];
+        self.matrix_steps(node, &[("gated", true)], eps, &slots, &matrices, x, y)
     }
 
     /// One step for both products where a kernel can bind all they need, else one for each.
@@ -377,8 +381,10 @@ impl Lowering<'_, '_> {
             (first, second) => first.is_none() && second.is_none(),
         };
         let whole = matrices.iter().all(|matrix| matrix.shards.len() == 1);
+        // In tiles, each product has enough to do by itself.
+        let tiled = self.selector.gemm(self.graph.ty(x).rows, first.stored, n[0], k, &[], eps).is_some();
         let variant = self.selector.linear_pair(first.stored, n, k, eps);
-        if first.stored.format != second.stored.format || !alike || !whole || !self.fits(&variant)? {
+        if tiled || first.stored.format != second.stored.format || !alike || !whole || !self.fits(&variant)? {
             for (weight, y) in weights.into_iter().zip(y) {
                 self.linear(node, weight, None, norm, y)?;
             }
@@ -429,17 +435,24 @@ impl Lowering<'_, '_> {
         })
     }
 
-    /// The steps of kernel `linear`, one for each shard of its matrices.
+    /// The steps of a product, one for each shard of its matrices.
     fn matrix_steps(
         &mut self,
         node: &Node,
-        variant: &Variant,
+        flags: &[(&'static str, bool)],
+        eps: Option<f64>,
         slots: &[(&'static str, Slot)],
         matrices: &[(&'static str, &'static str, &Matrix)],
         x: Value,
         y: Value,
     ) -> Result<()> {
         let rows = self.graph.ty(y).rows;
+        let (stored, n, k) = (matrices[0].2.stored, self.len(y), self.len(x));
+        let tiled = self.selector.gemm(rows, stored, n, k, flags, eps).unwrap_or_else(|| Tiled {
+            variant: self.selector.linear(stored, n, k, flags, eps),
+            rows: self.selector.rows_per_workgroup(),
+            tokens: self.selector.tile as u64,
+        });
         let shards = matrices[0].2.shards.clone();
         for (shard, &(first, count)) in shards.iter().enumerate() {
             let mut slots = slots.to_vec();
@@ -453,11 +466,8 @@ impl Lowering<'_, '_> {
                 cost.token_flops += 2 * count * self.len(x) as u64;
             }
             cost.token_bytes = 4 * (self.len(x) as u64 + count * (node.inputs.len() as u64));
-            let tile = self.selector.tile as u64;
-            let grid =
-                [Dim::Const(count.div_ceil(self.selector.rows_per_workgroup())), Dim::CeilDiv(symbol(rows), tile), ONE];
             let params = [first as u32, count as u32, u32::from(rows == Rows::Wanted), 0];
-            self.emit(node, variant, &slots, grid, params, cost)?;
+            self.emit(node, &tiled.variant, &slots, tiled.grid(count, rows), params, cost)?;
         }
         Ok(())
     }
@@ -562,12 +572,16 @@ impl Lowering<'_, '_> {
         y: Value,
     ) -> Result<()> {
         let (x, ids) = (node.inputs[0], node.inputs[1]);
-        let mut slots = vec![("x", Slot::Value(x)), ("ids", Slot::Value(ids)), ("y", Slot::Value(y))];
+        let mut slots = Vec::new();
         let eps = self.norm(norm, &mut slots)?;
         let (gate, up) = (self.matrix(gate, 1)?, self.matrix(up, 1)?);
         self.same_format(node, &gate, &up)?;
         let (top_k, k) = (self.len(ids), self.len(x));
         let n = self.len(y) / top_k;
+        if let Some(tiled) = self.selector.expert_gemm(gate.stored, n, k, top_k, true, eps) {
+            return self.sorted_gate_up(node, &tiled, &slots, [&gate, &up], [x, ids, y]);
+        }
+        slots.extend([("x", Slot::Value(x)), ("ids", Slot::Value(ids)), ("y", Slot::Value(y))]);
         let variant = self.selector.experts_gate_up(gate.stored, n, k, top_k, eps);
         for (shard, &(first, count)) in gate.shards.iter().enumerate() {
             let mut slots = slots.clone();
@@ -597,6 +611,9 @@ impl Lowering<'_, '_> {
     fn experts_down(&mut self, node: &Node, weight: WeightId, result: Value) -> Result<()> {
         let [y, ids, weights, residual] = node.inputs[..] else { unreachable!("verified") };
         let matrix = self.matrix(weight, 1)?;
+        if self.sorted_down(node, &matrix, result)? {
+            return Ok(());
+        }
         let top_k = self.len(ids);
         let (k, n) = (self.len(y) / top_k, self.len(result));
         for (shard, &(first, count)) in matrix.shards.iter().enumerate() {

@@ -36,6 +36,28 @@ pub struct Profile {
     pub pool_inputs: bool,
     /// Tokens that share a row of a matrix in batches of more than a few tokens.
     pub token_tile: u32,
+    /// How products of matrices and many tokens are cut into tiles, if they are.
+    pub gemm: Option<Gemm>,
+    /// Whether the device starts as many workgroups as one of its own results says. Otherwise the most that there can be are
+    /// started, and those that have nothing to do end.
+    pub indirect: bool,
+}
+
+/// How products of matrices and many tokens are cut into tiles, for rows that divide into blocks of 32 numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Gemm {
+    /// Each invocation holds rows and tokens in registers; needs `pool_inputs`.
+    Registers {
+        /// Rows of an invocation; of both matrices together where two are multiplied.
+        rows: u32,
+        /// Tokens of a workgroup.
+        tokens: u32,
+        /// Tokens of one expert of a workgroup.
+        expert_tokens: u32,
+    },
+    /// A workgroup of 128 holds 64 rows and 64 tokens in 16 KiB of its memory.
+    Workgroup,
 }
 
 const BUILT_IN: &[&str] = &[
@@ -99,6 +121,20 @@ impl Profile {
         }
         if self.pool_inputs && (self.lanes != 1 || self.subgroup_size.is_none_or(|size| size < 8)) {
             return Err("pool_inputs needs lanes 1 and a subgroup_size of 8 or more".into());
+        }
+        match self.gemm {
+            Some(Gemm::Registers { .. }) if !self.pool_inputs => {
+                return Err("gemm registers needs pool_inputs".into());
+            }
+            Some(Gemm::Registers { rows, tokens, expert_tokens })
+                if [rows, tokens, expert_tokens].iter().any(|n| !(1..=64).contains(n)) =>
+            {
+                return Err("gemm registers: rows, tokens and expert_tokens of 1 … 64 are expected".into());
+            }
+            Some(Gemm::Workgroup) if self.workgroup_bytes < 16384 || self.workgroup_invocations < 128 => {
+                return Err("gemm workgroup needs 16384 workgroup_bytes and 128 workgroup_invocations".into());
+            }
+            _ => {}
         }
         if !(1..=16).contains(&self.rows) {
             return Err(format!("rows is {}, 1 … 16 are expected", self.rows));

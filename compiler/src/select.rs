@@ -1,12 +1,16 @@
 //! Which variant of a kernel serves an operation: a pure function of the operation and the device profile, which can say
 //! why it chose.
 
+mod gemm;
+
 use moewe_plan::{FINISHED_STEPS, LOGPROB_TOP, PAGE_TOKENS, Precision, WeightFormat};
 use moewe_shaders::{BLOCK, Latent, Reduce, Variant};
 
 use crate::config::{Scoring, TopkMethod};
 use crate::graph::{Asked, Mla, RouterRule, top_tokens as top_count};
-use crate::profile::Profile;
+use crate::profile::{Gemm, Profile};
+
+pub use gemm::{Tiled, experts_sort, experts_sum};
 
 /// Batches of at most this many tokens are served by kernels that read the weights once for each token, and waste nothing
 /// on absent tokens.
@@ -80,7 +84,17 @@ impl Selector<'_> {
             (tile, _) => format!("{tile} tokens share a row that was read"),
         };
         let inputs = if self.profile.pool_inputs { "; a subgroup loads inputs together" } else { "" };
-        format!("profile {}: {lanes}; {tile}{inputs}", self.profile.name)
+        let tiles = match self.profile.gemm {
+            _ if self.tile == 1 => String::new(),
+            None => "; no tiles".into(),
+            Some(Gemm::Workgroup) => "; rows of whole blocks in tiles in workgroup memory".into(),
+            Some(Gemm::Registers { rows, tokens, expert_tokens }) => {
+                format!(
+                    "; rows of whole blocks in tiles in registers, {rows} × {tokens} ({expert_tokens} of an expert)"
+                )
+            }
+        };
+        format!("profile {}: {lanes}; {tile}{inputs}{tiles}", self.profile.name)
     }
 
     fn matrix(&self, kernel: &'static str, stored: Stored, k: usize) -> Variant {

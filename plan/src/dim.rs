@@ -28,6 +28,18 @@ pub enum Dim {
     Times(Symbol, u64),
     /// A quantity divided by a constant, rounded up.
     CeilDiv(Symbol, u64),
+    /// The most tiles that `each` members of every one of a quantity make, sorted into groups whose last tile may be partly
+    /// filled.
+    Tiles {
+        /// The quantity.
+        of: Symbol,
+        /// Members for each one.
+        each: u64,
+        /// Members of a full tile.
+        size: u64,
+        /// Groups.
+        groups: u64,
+    },
 }
 
 /// Values of the symbols.
@@ -62,6 +74,11 @@ impl Dim {
             Dim::Symbol(symbol) => symbols.get(symbol),
             Dim::Times(symbol, factor) => symbols.get(symbol).saturating_mul(factor),
             Dim::CeilDiv(symbol, divisor) => symbols.get(symbol).div_ceil(divisor.max(1)),
+            Dim::Tiles { of, each, size, groups } => {
+                let (members, size) = (symbols.get(of).saturating_mul(each), size.max(1));
+                let missing = groups.min(members).saturating_mul(size - 1);
+                (members.saturating_add(missing) / size).min(members)
+            }
         }
     }
 }
@@ -84,6 +101,7 @@ impl std::fmt::Display for Dim {
             Dim::Symbol(symbol) => write!(f, "{symbol}"),
             Dim::Times(symbol, factor) => write!(f, "{symbol}·{factor}"),
             Dim::CeilDiv(symbol, divisor) => write!(f, "⌈{symbol}/{divisor}⌉"),
+            Dim::Tiles { of, each, size, groups } => write!(f, "tiles({of}·{each}/{size}, {groups})"),
         }
     }
 }

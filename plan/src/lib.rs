@@ -27,9 +27,9 @@ pub use frame::{FrameTensor, FrameToken, Numbers, RunTimes, TapFrame};
 pub use mapped::Mapped;
 pub use taps::TapChoice;
 pub use types::{
-    Access, Binding, BindingLayout, Buffer, Cost, DType, Kernel, ModelInfo, Parameter, ParameterKind, Plan, Precision,
-    Program, ProgramKind, Requirements, Role, SCALE_GROUP, Segment, Shard, Step, TOP_TOKENS, TapGroup, TapSpec, Weight,
-    WeightFile, WeightFormat, When,
+    Access, Binding, BindingLayout, Buffer, Cost, DType, Indirect, Kernel, ModelInfo, Parameter, ParameterKind, Plan,
+    Precision, Program, ProgramKind, Requirements, Role, SCALE_GROUP, Segment, Shard, Step, TOP_TOKENS, TapGroup,
+    TapSpec, Weight, WeightFile, WeightFormat, When,
 };
 
 /// Version of the bundle format. A bundle of another version is refused; compile it again.

@@ -353,8 +353,10 @@ pub struct Step {
     pub kernel: u32,
     /// What is bound, in the order of the kernel's bindings.
     pub bindings: Vec<Binding>,
-    /// Workgroups.
+    /// Workgroups, or the most that there can be.
     pub grid: [Dim; 3],
+    /// Where their real number stands, if a step before this one found it out on the device.
+    pub indirect: Option<Indirect>,
     /// Values of the `step` uniform, if the kernel has one.
     pub params: [u32; 4],
     /// What it costs.
@@ -364,6 +366,15 @@ pub struct Step {
     pub only_for: Vec<u32>,
     /// In which passes it runs.
     pub when: When,
+}
+
+/// Three words of a buffer that say how many workgroups to start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Indirect {
+    /// Index into [`Plan::buffers`].
+    pub buffer: u32,
+    /// The first of the words.
+    pub word: u64,
 }
 
 /// In which passes a step runs.

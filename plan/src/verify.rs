@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::{Component, Path};
 
-use crate::types::{Access, Binding, DType, ParameterKind, Plan, ProgramKind, Role, SCALE_GROUP, When};
+use crate::types::{Access, Binding, DType, Indirect, ParameterKind, Plan, ProgramKind, Role, SCALE_GROUP, Step, When};
 use crate::{Dim, FORMAT_VERSION};
 
 /// No index, size or grid of a sound plan comes near this; larger values would overflow sums.
@@ -172,6 +172,9 @@ fn verify_programs(plan: &Plan) -> Result<(), String> {
             ensure(step.when == When::Always || step.only_for.is_empty(), || {
                 format!("{}: for {purpose} and for taps", at())
             })?;
+            if let Some(indirect) = &step.indirect {
+                verify_indirect(plan, step, indirect).map_err(|what| format!("{}: indirect grid: {what}", at()))?;
+            }
             for dim in &step.grid {
                 verify_dim(dim).map_err(|what| format!("{}: grid: {what}", at()))?;
             }
@@ -189,12 +192,35 @@ fn verify_programs(plan: &Plan) -> Result<(), String> {
     Ok(())
 }
 
+/// The words must be there, and the step itself must not change them.
+fn verify_indirect(plan: &Plan, step: &Step, indirect: &Indirect) -> Result<(), String> {
+    let buffer = plan.buffers.get(indirect.buffer as usize);
+    let buffer = buffer.ok_or_else(|| format!("there is no buffer {}", indirect.buffer))?;
+    ensure(buffer.role == Role::Scratch && buffer.dtype == DType::U32, || {
+        format!("buffer {} holds {:?} as {:?}, U32 as Scratch expected", buffer.name, buffer.dtype, buffer.role)
+    })?;
+    let end = indirect.word.checked_add(3);
+    ensure(matches!((&buffer.elements, end), (Dim::Const(n), Some(end)) if end <= *n), || {
+        format!("words {} … of buffer {} with {} elements", indirect.word, buffer.name, buffer.elements)
+    })?;
+    let kernel = &plan.kernels[step.kernel as usize];
+    let changes =
+        step.bindings.iter().zip(&kernel.bindings).any(|(binding, layout)| {
+            *binding == Binding::Buffer(indirect.buffer) && layout.access == Access::ReadWrite
+        });
+    ensure(!changes, || format!("the step writes to buffer {}", buffer.name))
+}
+
 fn verify_dim(dim: &Dim) -> Result<(), String> {
     let factor = match *dim {
         Dim::Const(n) | Dim::Times(_, n) => n,
         Dim::CeilDiv(_, n) => {
             ensure(n > 0, || "division by 0".into())?;
             n
+        }
+        Dim::Tiles { each, size, groups, .. } => {
+            ensure(size > 0, || "tiles of 0".into())?;
+            each.max(size).max(groups)
         }
         Dim::Symbol(_) => 1,
     };

@@ -5,9 +5,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use moewe_plan::{
-    Access, Binding, BindingLayout, Buffer, Bundle, Cost, DType, Dim, Entry, Error, FORMAT_VERSION, Kernel, MANIFEST,
-    Manifest, ModelInfo, PLAN, Parameter, ParameterKind, Plan, Precision, Program, ProgramKind, Requirements, Role,
-    Segment, Shard, Staging, Step, Symbol, TapGroup, TapSpec, Weight, WeightFile, WeightFormat, When, hash_file,
+    Access, Binding, BindingLayout, Buffer, Bundle, Cost, DType, Dim, Entry, Error, FORMAT_VERSION, Indirect, Kernel,
+    MANIFEST, Manifest, ModelInfo, PLAN, Parameter, ParameterKind, Plan, Precision, Program, ProgramKind, Requirements,
+    Role, Segment, Shard, Staging, Step, Symbol, Symbols, TapGroup, TapSpec, Weight, WeightFile, WeightFormat, When,
+    hash_file,
 };
 use proptest::prelude::*;
 
@@ -109,6 +110,7 @@ fn plan() -> Plan {
                 grid: [Dim::Symbol(Symbol::Tokens), Dim::CeilDiv(Symbol::Rows, 4), Dim::Const(1)],
                 params: [1, 2, 3, 4],
                 cost: Cost { token_flops: 5, ..Cost::default() },
+                indirect: None,
                 only_for: vec![0],
                 when: When::Always,
             }],
@@ -323,11 +325,62 @@ fn a_weight_file_must_be_the_one_of_the_plan() {
     assert!(read(&path).unwrap_err().to_string().contains(WEIGHTS));
 }
 
+/// The first step's workgroups stand at this place.
+fn indirect(plan: &mut Plan, buffer: u32, word: u64) {
+    plan.programs[0].steps[0].indirect = Some(Indirect { buffer, word });
+}
+
+/// The same in a sound buffer of six words, which the step's kernel uses so.
+fn counted(plan: &mut Plan, word: u64, access: Access) {
+    let buffer = plan.buffers.len() as u32;
+    plan.buffers.push(Buffer {
+        name: "counts".into(),
+        dtype: DType::U32,
+        elements: Dim::Const(6),
+        role: Role::Scratch,
+    });
+    plan.kernels[0].bindings.push(BindingLayout { name: "counts".into(), access });
+    plan.programs[0].steps[0].bindings.push(Binding::Buffer(buffer));
+    indirect(plan, buffer, word);
+}
+
+#[test]
+fn a_step_may_read_how_many_workgroups_it_has() {
+    let mut sound = plan();
+    counted(&mut sound, 3, Access::Read);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("bundle");
+    write(&path, &sound);
+    assert_eq!(read(&path).unwrap().plan, sound);
+}
+
+#[test]
+fn tiles_are_counted_for_the_worst_case() {
+    let most = |tokens, each, size, groups| {
+        let symbols = Symbols { tokens, rows: 0, sequences: 0, pages: 0 };
+        Dim::Tiles { of: Symbol::Tokens, each, size, groups }.eval(&symbols)
+    };
+    // By trial: all ways to spread the members over the groups.
+    for (members, size, groups) in [(0, 4, 3), (1, 4, 3), (7, 4, 3), (8, 1, 3), (9, 3, 2), (12, 5, 3), (5, 2, 1)] {
+        let mut worst = 0;
+        let spread = |a: u64, b: u64| [a, b, members - a - b].map(|n| n.div_ceil(size)).iter().sum::<u64>();
+        for a in 0..=members {
+            for b in 0..=members - a {
+                let used = [a, b, members - a - b].iter().filter(|&&n| n > 0).count() as u64;
+                worst = if used <= groups { worst.max(spread(a, b)) } else { worst };
+            }
+        }
+        assert_eq!(most(members, 1, size, groups), worst, "{members} members, tiles of {size}, {groups} groups");
+    }
+    assert_eq!(most(256, 5, 16, 33), (1280 + 33 * 15) / 16);
+    assert_eq!(most(u64::MAX, u64::MAX, 1, u64::MAX), u64::MAX);
+}
+
 #[test]
 fn plans_that_contradict_themselves_are_refused() {
     type Change = fn(&mut Plan);
     let second = |p: &mut Plan| p.parameters.push(p.parameters[0].clone());
-    let cases: [(&str, Change); 47] = [
+    let cases: [(&str, Change); 54] = [
         ("vocab_size", |p| p.model.vocab_size = 0),
         ("max_context", |p| p.model.max_context = 0),
         ("weight file", |p| p.files[0].bytes = u64::MAX),
@@ -346,6 +399,15 @@ fn plans_that_contradict_themselves_are_refused() {
         ("absurd", |p| p.buffers[1].elements = Dim::Times(Symbol::Pages, 1 << 50)),
         ("division by 0", |p| p.buffers[1].elements = Dim::CeilDiv(Symbol::Pages, 0)),
         ("empty", |p| p.buffers[1].elements = Dim::Const(0)),
+        ("tiles of 0", |p| p.buffers[1].elements = Dim::Tiles { of: Symbol::Tokens, each: 1, size: 0, groups: 1 }),
+        ("absurd", |p| {
+            p.programs[0].steps[0].grid[1] = Dim::Tiles { of: Symbol::Tokens, each: 1, size: 1, groups: 1 << 50 };
+        }),
+        ("indirect grid: there is no buffer 3", |p| indirect(p, 3, 0)),
+        ("indirect grid: buffer", |p| indirect(p, 0, 0)),
+        ("indirect grid: words 18446744073709551614", |p| counted(p, u64::MAX - 1, Access::Read)),
+        ("indirect grid: words 4", |p| counted(p, 4, Access::Read)),
+        ("indirect grid: the step writes", |p| counted(p, 3, Access::ReadWrite)),
         ("workgroup size", |p| p.kernels[0].workgroup_size = [u32::MAX, u32::MAX, 2]),
         ("no such kernel", |p| p.programs[0].steps[0].kernel = 1),
         ("4 bindings", |p| p.kernels[0].bindings.truncate(3)),
@@ -447,7 +509,7 @@ proptest! {
             }
             // As hosts do before they look any further.
             let _ = moewe_plan::parameter_values(&bundle.plan, &[]);
-            let symbols = moewe_plan::Symbols { tokens: u64::MAX, rows: 1, sequences: 1 << 40, pages: 0 };
+            let symbols = Symbols { tokens: u64::MAX, rows: 1, sequences: 1 << 40, pages: 0 };
             for buffer in &bundle.plan.buffers {
                 let _ = buffer.elements.eval(&symbols);
             }

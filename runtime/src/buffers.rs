@@ -26,6 +26,7 @@ pub(crate) struct Buffers {
 impl Buffers {
     pub(crate) fn new(gpu: &Gpu, plan: &Plan, programs: &[&Program], options: &SessionOptions) -> Result<Self> {
         let used = used_buffers(programs);
+        let counts: BTreeSet<u32> = indirect_buffers(programs).collect();
         let capacity = capacities(gpu, plan, programs, &used, options)?;
         let mut by_index = Vec::with_capacity(plan.buffers.len());
         for (index, buffer) in plan.buffers.iter().enumerate() {
@@ -40,7 +41,8 @@ impl Buffers {
                 return Err(Error::Plan { what });
             }
             let usage = if buffer.role == Role::Header { BufferUsages::UNIFORM } else { BufferUsages::STORAGE };
-            let usage = usage | BufferUsages::COPY_DST | BufferUsages::COPY_SRC;
+            let counts = if counts.contains(&(index as u32)) { BufferUsages::INDIRECT } else { BufferUsages::empty() };
+            let usage = usage | counts | BufferUsages::COPY_DST | BufferUsages::COPY_SRC;
             by_index.push(Some(gpu.buffer(&buffer.name, elements.saturating_mul(4), usage)?));
         }
         Ok(Self { by_index, roles: plan.buffers.iter().map(|buffer| buffer.role).collect(), capacity })
@@ -77,7 +79,13 @@ fn used_buffers(programs: &[&Program]) -> BTreeSet<u32> {
         Binding::Buffer(buffer) => Some(buffer),
         _ => None,
     });
-    bound.chain(programs.iter().flat_map(|program| &program.taps).map(|tap| tap.buffer)).collect()
+    let tapped = programs.iter().flat_map(|program| &program.taps).map(|tap| tap.buffer);
+    bound.chain(tapped).chain(indirect_buffers(programs)).collect()
+}
+
+/// Buffers that say how many workgroups there are.
+fn indirect_buffers(programs: &[&Program]) -> impl Iterator<Item = u32> {
+    programs.iter().flat_map(|program| &program.steps).filter_map(|step| Some(step.indirect?.buffer))
 }
 
 fn elements(plan: &Plan, index: usize, programs: &[&Program], capacity: &Symbols) -> u64 {
@@ -124,6 +132,8 @@ fn largest(dim: &Dim, symbol: Symbol, elements: u64) -> Option<u64> {
         Dim::Symbol(s) if s == symbol => Some(elements),
         Dim::Times(s, factor) if s == symbol => elements.checked_div(factor),
         Dim::CeilDiv(s, divisor) if s == symbol => Some(elements.saturating_mul(divisor)),
+        // There are at most as many tiles as members.
+        Dim::Tiles { of, each, .. } if of == symbol => elements.checked_div(each),
         _ => None,
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use moewe_plan::{Binding, Program, Step, Symbols};
+use moewe_plan::{Binding, Indirect, Program, Step, Symbols};
 use wgpu::{BindGroup, BindGroupEntry, BindingResource, BufferBinding, BufferUsages, ComputePipeline};
 
 use crate::buffers::Buffers;
@@ -13,7 +13,13 @@ use crate::{Error, Model, Result};
 /// Workgroups of each step, `None` for a step that does not run.
 pub(crate) type Grids = Vec<Option<[u32; 3]>>;
 
-type PreparedStep = (ComputePipeline, BindGroup);
+#[derive(Debug)]
+struct PreparedStep {
+    pipeline: ComputePipeline,
+    group: BindGroup,
+    /// The buffer that says how many workgroups there are, and the offset in bytes, for a step that asks it.
+    indirect: Option<(wgpu::Buffer, u64)>,
+}
 
 /// A program whose bind groups exist.
 #[derive(Debug)]
@@ -60,7 +66,10 @@ impl Prepared {
                 device: gpu.info().name.clone(),
                 what: format!("bindings of step {}: {error}", step.label),
             })?;
-            steps.push((pipeline.pipeline.clone(), group));
+            let words =
+                |indirect: Indirect| (buffers.get(indirect.buffer).raw.clone(), indirect.word.saturating_mul(4));
+            let indirect = step.indirect.map(words);
+            steps.push(PreparedStep { pipeline: pipeline.pipeline.clone(), group, indirect });
         }
         Ok(Self { steps, _params: params })
     }
@@ -94,10 +103,13 @@ impl Prepared {
     }
 }
 
-fn dispatch(pass: &mut wgpu::ComputePass<'_>, (pipeline, group): &PreparedStep, [x, y, z]: [u32; 3]) {
-    pass.set_pipeline(pipeline);
-    pass.set_bind_group(0, group, &[]);
-    pass.dispatch_workgroups(x, y, z);
+fn dispatch(pass: &mut wgpu::ComputePass<'_>, step: &PreparedStep, [x, y, z]: [u32; 3]) {
+    pass.set_pipeline(&step.pipeline);
+    pass.set_bind_group(0, &step.group, &[]);
+    match &step.indirect {
+        Some((buffer, offset)) => pass.dispatch_workgroups_indirect(buffer, *offset),
+        None => pass.dispatch_workgroups(x, y, z),
+    }
 }
 
 /// A buffer with the parameters of all steps.

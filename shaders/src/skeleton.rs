@@ -42,7 +42,11 @@ pub const SKELETONS: &[Skeleton] = &[
     skeleton!("embed", ["half_scales", "scaled"], [weight]),
     skeleton!("experts_down", ["aligned", "half_scales", "residual", "scaled", "pooled"], [matrix, reduce]),
     skeleton!("experts_gate_up", ["aligned", "half_scales", "norm", "scaled", "pooled"], [matrix, reduce]),
+    skeleton!("experts_sort", [], []),
+    skeleton!("experts_sum", [], []),
     skeleton!("gather_rows", [], []),
+    skeleton!("gemm", ["bias", "experts", "gated", "half_scales", "norm", "pooled", "residual", "scaled"], [matrix]),
+    skeleton!("gemm_tiled", ["bias", "experts", "gated", "half_scales", "norm", "residual", "scaled"], [matrix]),
     skeleton!("latent_attention", ["holes"], [latent]),
     skeleton!("latent_write", ["edit", "interleave", "tapped"], [latent]),
     skeleton!(

@@ -20,7 +20,13 @@ pub fn cost(step: &Step, load: &Load) -> (u64, u64) {
     let Cost { fixed_bytes, token_bytes, token_flops, context_bytes, context_flops } = step.cost;
     // What is done once for all of a batch, such as accepting tokens, is about its wanted rows.
     let counts_tokens = step.grid.iter().any(|dim| {
-        matches!(dim, Dim::Symbol(Symbol::Tokens) | Dim::Times(Symbol::Tokens, _) | Dim::CeilDiv(Symbol::Tokens, _))
+        matches!(
+            dim,
+            Dim::Symbol(Symbol::Tokens)
+                | Dim::Times(Symbol::Tokens, _)
+                | Dim::CeilDiv(Symbol::Tokens, _)
+                | Dim::Tiles { of: Symbol::Tokens, .. }
+        )
     });
     let times = if counts_tokens { load.tokens } else { load.rows };
     let bytes = fixed_bytes + times * token_bytes + load.cached * context_bytes;

@@ -22,14 +22,18 @@ const fn tolerance(kernel: &'static str, bound: f64, reason: &'static str) -> To
 }
 
 /// An f32 operation is off by at most 6e-8.
-pub const TOLERANCES: [Tolerance; 16] = [
+pub const TOLERANCES: [Tolerance; 20] = [
     tolerance("absorb_output", 1e-6, "sums of up to 520 products, in four or more partial sums"),
     tolerance("absorb_query", 1e-6, "sums of up to 128 products, one after the other; angles from two f32 factors"),
     tolerance("accept", 0.0, "integers"),
     tolerance("embed", 1.2e-7, "at most one product"),
     tolerance("experts_down", 1e-6, "two sums and their products"),
     tolerance("experts_gate_up", 2e-6, "two sums, RMSNorm and an exponential, whose argument is such a sum"),
+    tolerance("experts_sort", 0.0, "integers"),
+    tolerance("experts_sum", 1e-6, "a sum of a few products"),
     tolerance("gather_rows", 0.0, "a copy"),
+    tolerance("gemm", 2e-6, "a sum of up to 288 products; RMSNorm and SwiGLU add as much again"),
+    tolerance("gemm_tiled", 2e-6, "as gemm"),
     tolerance("latent_attention", 2e-6, "sums over numbers and over positions, and an exponential for each position"),
     tolerance("latent_write", 1e-6, "RMSNorm, or a rotation by an angle from two f32 factors"),
     tolerance("linear", 2e-6, "a sum of up to 1030 products; RMSNorm and SwiGLU add as much again"),
@@ -244,6 +248,22 @@ impl Matrix {
     pub fn divides_into(&self, block: usize) -> bool {
         let one_scale = self.scales.is_empty() || self.block[1].is_multiple_of(block);
         self.columns.is_multiple_of(block) && one_scale
+    }
+
+    /// Another block size for experts, scales anew.
+    pub fn expert_blocks(mut self, rng: &mut Rng, block: [usize; 2]) -> Self {
+        let experts = self.codes.len() / (self.rows * self.columns);
+        self = self.blocks(rng, block);
+        for _ in 1..experts * usize::from(!self.scales.is_empty()) {
+            let [rows, columns] = self.scale_shape();
+            self.scales.extend((0..rows * columns).map(|_| 0.01 + rng.unit() as f32));
+        }
+        self
+    }
+
+    /// Rows and columns that share a scale.
+    pub fn block(&self) -> [usize; 2] {
+        self.block
     }
 
     fn scale_shape(&self) -> [usize; 2] {

@@ -190,6 +190,7 @@ impl Maker {
             grid: [grid, Dim::Const(1), Dim::Const(1)],
             params,
             cost: Cost::default(),
+            indirect: None,
             only_for: Vec::new(),
             when: When::Always,
         }
