@@ -29,6 +29,7 @@ fn main() {
         weights: None,
         reference: false,
         plan_only: false,
+        latents: moewe_plan::Latent::F16,
         taps: TapChoice::none(),
     };
     let temp = tempfile::tempdir().unwrap();

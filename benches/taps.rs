@@ -32,6 +32,7 @@ fn main() {
         weights: None,
         reference: false,
         plan_only: false,
+        latents: moewe_plan::Latent::F16,
         taps: TapChoice::all(),
     };
     let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/demo");

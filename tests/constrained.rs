@@ -35,7 +35,14 @@ impl Demo {
         let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/demo");
         let temp = tempfile::tempdir().unwrap();
         let profile = Profile::load("lavapipe").unwrap();
-        let options = Options { profile, weights: None, reference: false, plan_only: false, taps: TapChoice::all() };
+        let options = Options {
+            profile,
+            weights: None,
+            reference: false,
+            plan_only: false,
+            latents: moewe_plan::Latent::F16,
+            taps: TapChoice::all(),
+        };
         compile(&Checkpoint::open(&dir).unwrap(), &options, &temp.path().join("bundle"), &|_, _| ()).unwrap();
         let bundle = Bundle::open(&temp.path().join("bundle")).unwrap();
         let gpu = Gpu::open(&Selector::Default).expect("a Vulkan device; `make setup` installs a software one");

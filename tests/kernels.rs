@@ -2,6 +2,8 @@
 
 #[path = "kernels/attention.rs"]
 mod attention;
+#[path = "kernels/cache.rs"]
+mod cache;
 #[path = "kernels/constraints.rs"]
 mod constraints;
 #[path = "kernels/data.rs"]

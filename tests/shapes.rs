@@ -50,6 +50,7 @@ fn check_as(weights: Option<WeightFormat>, like: &str, scale: &[&str], seed: u64
         weights,
         reference: weights.is_none(),
         plan_only: false,
+        latents: moewe_plan::Latent::F16,
         taps: TapChoice::none(),
     };
     compile(&Checkpoint::open(&dir).unwrap(), &options, &out, &|_, _| ()).unwrap();

@@ -5,8 +5,8 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use moewe_plan::{
-    Binding, Dim, FORMAT_VERSION, ModelInfo, Plan, Precision, Program, ProgramKind, Requirements, Role, Staging,
-    Symbol, TapChoice, WeightFormat,
+    Binding, Dim, FORMAT_VERSION, Latent, ModelInfo, Plan, Precision, Program, ProgramKind, Requirements, Role,
+    Staging, Symbol, TapChoice, WeightFormat,
 };
 
 use crate::checkpoint::Checkpoint;
@@ -47,6 +47,8 @@ pub struct Options {
     pub reference: bool,
     /// Make the plan and the kernels, but no weights.
     pub plan_only: bool,
+    /// Format of the latent cache where it need not be exact.
+    pub latents: Latent,
     /// What can be watched while text is generated. If it is nothing, there are no programs to watch and no parameters.
     pub taps: TapChoice,
 }
@@ -141,7 +143,8 @@ fn plan<'a>(checkpoint: &'a Checkpoint, options: &Options) -> Result<Planned<'a>
         let tiles = if target != Target::Trace && many.0 > 1 { vec![few, many] } else { vec![many] };
         for precision in [Precision::Exact, Precision::Fast] {
             for &(tile, max_tokens) in &tiles {
-                let selector = Selector { profile, precision, tile };
+                let (fast_latents, few) = (options.latents, max_tokens == FEW_TOKENS as u32);
+                let selector = Selector { profile, precision, fast_latents, tile, few };
                 let (steps, taps) = lower(config, &graph, selector, &name, first, &mut shared)?;
                 programs.push(Program { kind, precision, max_tokens, max_rows: MAX_ROWS as u32, steps, taps });
             }
@@ -161,6 +164,7 @@ fn plan<'a>(checkpoint: &'a Checkpoint, options: &Options) -> Result<Planned<'a>
         generator: concat!("moewe ", env!("CARGO_PKG_VERSION")).into(),
         model: info(config),
         warnings: Vec::new(),
+        fast_latents: options.latents,
         requirements: requirements(profile, &kernels)?,
         files: Vec::new(),
         weights: Vec::new(),
@@ -244,10 +248,10 @@ fn requirements(profile: &Profile, kernels: &Kernels) -> Result<Requirements> {
         storage_buffers: kernels.list.iter().map(storage).max().unwrap_or(0),
         workgroup_invocations: kernels.list.iter().map(|k| k.workgroup_size.iter().product()).max().unwrap_or(1),
         workgroup_bytes: kernels.linked.iter().map(|linked| linked.workgroup_bytes).max().unwrap_or(0),
-        subgroup_invocations: match kernels.linked.iter().any(|linked| linked.subgroups) {
-            false => 0,
-            true if profile.pool_inputs => profile.lanes.max(8),
-            true => profile.lanes,
+        subgroup_invocations: if kernels.linked.iter().any(|linked| linked.subgroups) {
+            profile.subgroup_size.unwrap_or(0)
+        } else {
+            0
         },
     };
     let limits = [

@@ -161,7 +161,8 @@ impl Lowering<'_, '_> {
 
     fn cache(&mut self, layer: usize) -> Slot {
         let latent = self.selector.latent();
-        let words = latent.words(self.config.latent_dim() as u64) * u64::from(moewe_plan::PAGE_TOKENS);
+        let words = latent.words(self.config.kv_lora_rank as u64, self.config.qk_rope_head_dim as u64)
+            * u64::from(moewe_plan::PAGE_TOKENS);
         let name = format!("cache.{}.{layer}", self.selector.precision.name());
         Slot::Buffer(self.shared.buffers.get(&name, DType::U32, Dim::Times(Symbol::Pages, words), Role::Cache))
     }

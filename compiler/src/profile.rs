@@ -36,6 +36,10 @@ pub struct Profile {
     pub pool_inputs: bool,
     /// Tokens that share a row of a matrix in batches of more than a few tokens.
     pub token_tile: u32,
+    /// Heads that a workgroup of attention has, in teams of invocations for four each; a multiple of four.
+    pub attention_heads: u32,
+    /// Most workgroups that share the context of a token in batches of a few tokens.
+    pub attention_splits: u32,
     /// How products of matrices and many tokens are cut into tiles, if they are.
     pub gemm: Option<Gemm>,
     /// Whether the device starts as many workgroups as one of its own results says. Otherwise the most that there can be are
@@ -93,7 +97,7 @@ impl Profile {
         // serde does not say which field has a wrong number.
         for field in ["max_binding_bytes", "storage_buffers", "workgroup_invocations", "workgroup_bytes", "workgroup"]
             .into_iter()
-            .chain(["lanes", "rows", "token_tile"])
+            .chain(["lanes", "rows", "token_tile", "attention_heads", "attention_splits"])
         {
             let limit = if field == "max_binding_bytes" { 1 << 48 } else { u32::MAX.into() };
             let found = value.get(field).map_or_else(|| "absent".into(), |value| clip(&value.to_string()));
@@ -138,6 +142,15 @@ impl Profile {
         }
         if !(1..=16).contains(&self.rows) {
             return Err(format!("rows is {}, 1 … 16 are expected", self.rows));
+        }
+        if !self.attention_heads.is_multiple_of(4) || !(4..=64).contains(&self.attention_heads) {
+            return Err(format!(
+                "attention_heads is {}, a multiple of four from 4 to 64 is expected",
+                self.attention_heads
+            ));
+        }
+        if !(1..=64).contains(&self.attention_splits) {
+            return Err(format!("attention_splits is {}, 1 … 64 are expected", self.attention_splits));
         }
         if self.workgroup < 32 || !(1..=64).contains(&self.token_tile) || self.max_binding_bytes < 1024 {
             return Err("workgroup ≥ 32, token_tile 1 … 64 and max_binding_bytes ≥ 1024 are expected".into());

@@ -3,8 +3,8 @@
 
 mod gemm;
 
-use moewe_plan::{FINISHED_STEPS, LOGPROB_TOP, PAGE_TOKENS, Precision, WeightFormat};
-use moewe_shaders::{BLOCK, Latent, Reduce, Variant};
+use moewe_plan::{FINISHED_STEPS, LOGPROB_TOP, Latent, PAGE_TOKENS, Precision, WeightFormat};
+use moewe_shaders::{BLOCK, Reduce, Variant};
 
 use crate::config::{Scoring, TopkMethod};
 use crate::graph::{Asked, Mla, RouterRule, top_tokens as top_count};
@@ -21,10 +21,14 @@ pub const FEW_TOKENS: usize = 4;
 pub struct Selector<'a> {
     /// The device.
     pub profile: &'a Profile,
-    /// How latents are kept.
+    /// How latents are kept: in f32, or
     pub precision: Precision,
+    /// in this format if they need not be exact.
+    pub fast_latents: Latent,
     /// Tokens that share a row of a matrix.
     pub tile: usize,
+    /// Whether batches have at most [`FEW_TOKENS`] tokens.
+    pub few: bool,
 }
 
 /// Shape of the scales of a quantised weight.
@@ -63,12 +67,17 @@ impl Selector<'_> {
         self.lines() * self.rows() as u64
     }
 
-    /// Where latents are stored as what.
+    /// Format of the latent cache.
     pub fn latent(&self) -> Latent {
         match self.precision {
             Precision::Exact => Latent::F32,
-            Precision::Fast => Latent::F16,
+            Precision::Fast => self.fast_latents,
         }
+    }
+
+    /// Workgroups that share the context of a token. Batches of many tokens have enough of them.
+    pub fn splits(&self) -> usize {
+        if self.few { self.profile.attention_splits as usize } else { 1 }
     }
 
     /// Why matrix kernels look as they do, in a line.
@@ -168,10 +177,11 @@ impl Selector<'_> {
         with_norm(routing(variant, rule, bias, shared, edit), eps)
     }
 
-    /// Value half of absorbed attention. `edit`: heads are scaled by a parameter.
-    pub fn absorb_output(&self, stored: Stored, mla: &Mla, edit: bool) -> Variant {
-        self.matrix("absorb_output", stored, mla.rank)
-            .flag("edit", edit)
+    /// Value half of absorbed attention. `edit`: heads are scaled by a parameter. `splits`: as in the attention before it.
+    pub fn absorb_output(&self, stored: Stored, mla: &Mla, edit: bool, splits: usize) -> Variant {
+        let variant = self.matrix("absorb_output", stored, mla.rank).flag("edit", edit).flag("split", splits > 1);
+        let variant = if splits > 1 { variant.int("SPLITS", splits) } else { variant };
+        variant
             .int("HEADS", mla.heads)
             .int("NOPE", mla.nope)
             .int("V", mla.v)
@@ -192,11 +202,37 @@ impl Selector<'_> {
             .int("WG", WORKGROUP)
     }
 
-    /// Attention over latents; positions below `first` were never written, nor those of the batch's holes if it has any.
-    pub fn latent_attention(&self, mla: &Mla, max_pages: usize, first: usize, holes: bool) -> Variant {
+    /// Invocations that have a head's columns together: 16 of the latent, four of the rope part each, and no fewer than those of
+    /// a subgroup, or eight, which add up scores together.
+    fn attention_lanes(&self, mla: &Mla) -> usize {
+        let columns = mla.rank.div_ceil(16).max(mla.rope.div_ceil(4));
+        columns.max(self.profile.subgroup_size.unwrap_or(0) as usize).max(8).next_power_of_two()
+    }
+
+    /// Teams of such invocations in a workgroup, each of which has four heads.
+    fn attention_teams(&self, mla: &Mla) -> usize {
+        let fit = self.profile.workgroup_invocations as usize / self.attention_lanes(mla);
+        (self.profile.attention_heads as usize / 4).min(mla.heads.div_ceil(4)).min(fit).max(1)
+    }
+
+    /// Heads of a workgroup of attention.
+    pub fn attention_heads(&self, mla: &Mla) -> usize {
+        4 * self.attention_teams(mla)
+    }
+
+    /// Attention over latents; positions below `first` were never written, nor those of the batch's holes if it has any. With
+    /// `splits` > 1 workgroups share a context.
+    pub fn latent_attention(&self, mla: &Mla, max_pages: usize, first: usize, holes: bool, splits: usize) -> Variant {
+        let subgroup = self.profile.subgroup_size.filter(|&size| size >= 8);
         Variant::new("latent_attention")
             .latent(self.latent())
             .flag("holes", holes)
+            .flag("split", splits > 1)
+            .flag("subgroup", subgroup.is_some())
+            .int("LANES", self.attention_lanes(mla))
+            .int("SUBGROUP", subgroup.unwrap_or(8) as usize)
+            .int("TEAMS", self.attention_teams(mla))
+            .int("SPLITS", splits)
             .int("HEADS", mla.heads)
             .int("RANK", mla.rank)
             .int("ROPE", mla.rope)

@@ -19,7 +19,8 @@ fn plan(modules: usize) -> Plan {
     let out = dir.path().join("bundle");
     let profile = Profile::load("lavapipe").expect("a built-in profile");
     let taps = "all".parse().expect("a choice of taps");
-    let options = Options { profile, weights: None, reference: true, plan_only: true, taps };
+    let options =
+        Options { profile, weights: None, reference: true, plan_only: true, latents: moewe_plan::Latent::F16, taps };
     let checkpoint = Checkpoint::open(dir.path()).expect("a checkpoint");
     compile(&checkpoint, &options, &out, &|_, _| ()).expect("it compiles");
     Bundle::open(&out).expect("a bundle").plan

@@ -12,7 +12,7 @@ use moewe_compiler::error::Error;
 use moewe_compiler::profile::Profile;
 use moewe_compiler::quantize::{Codes, LEN, Numbers, codes, pack, scale};
 use moewe_compiler::synth::{self, Shape, Storage};
-use moewe_plan::{Bundle, TapChoice, Weight, WeightFormat};
+use moewe_plan::{Bundle, Latent, TapChoice, Weight, WeightFormat};
 use proptest::prelude::*;
 
 const BOTH: [WeightFormat; 2] = [WeightFormat::Int8, WeightFormat::Int4];
@@ -193,6 +193,7 @@ fn bytes_of_a_group() {
 
 fn options(weights: WeightFormat) -> Options {
     Options {
+        latents: Latent::F16,
         profile: Profile::load("lavapipe").unwrap(),
         weights: Some(weights),
         reference: false,

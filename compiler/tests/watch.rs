@@ -20,7 +20,8 @@ fn plan(name: &str, profile: Profile, taps: &str) -> Plan {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let out = dir.path().join("bundle");
     let taps = taps.parse().expect("a choice of taps");
-    let options = Options { profile, weights: None, reference: true, plan_only: true, taps };
+    let options =
+        Options { profile, weights: None, reference: true, plan_only: true, latents: moewe_plan::Latent::F16, taps };
     let checkpoint = Checkpoint::open(&checkpoint(name)).expect("a checkpoint");
     compile(&checkpoint, &options, &out, &|_, _| ()).expect("it compiles");
     Bundle::open(&out).expect("a bundle").plan

@@ -10,6 +10,7 @@ mod dim;
 mod edit;
 mod error;
 mod frame;
+mod latent;
 mod mapped;
 mod taps;
 mod types;
@@ -24,6 +25,7 @@ pub use dim::{Dim, Symbol, Symbols};
 pub use edit::{Edit, EditError, FORCED, MUTED, Place, check_edits, parameter_values};
 pub use error::Error;
 pub use frame::{FrameTensor, FrameToken, Numbers, RunTimes, TapFrame};
+pub use latent::Latent;
 pub use mapped::Mapped;
 pub use taps::TapChoice;
 pub use types::{

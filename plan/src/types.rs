@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::Dim;
+use crate::{Dim, Latent};
 
 /// A compiled model. Everything refers to everything else by index into these lists.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -16,6 +16,8 @@ pub struct Plan {
     /// What is wrong with the weights, in sentences; empty if nothing is.
     #[serde(default)]
     pub warnings: Vec<String>,
+    /// Format of the latent cache in programs of [`Precision::Fast`]; those of [`Precision::Exact`] keep f32.
+    pub fast_latents: Latent,
     /// What the device must offer.
     pub requirements: Requirements,
     /// Files that hold weights.
@@ -407,7 +409,7 @@ impl When {
 pub enum Precision {
     /// Activations and latents in f32.
     Exact,
-    /// Activations in f32, latents in f16.
+    /// Activations in f32, latents in [`Plan::fast_latents`].
     Fast,
 }
 

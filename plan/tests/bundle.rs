@@ -44,6 +44,7 @@ fn plan() -> Plan {
             mtp_modules: 1,
         },
         warnings: Vec::new(),
+        fast_latents: moewe_plan::Latent::F16,
         requirements: Requirements {
             profile: "test".into(),
             max_binding_bytes: 1 << 20,

@@ -22,6 +22,7 @@ fn plan() -> Plan {
         generator: String::new(),
         model: ModelInfo { layers: 2, moe_layers: vec![1], ..common::model() },
         warnings: Vec::new(),
+        fast_latents: moewe_plan::Latent::F16,
         requirements: Requirements {
             profile: String::new(),
             max_binding_bytes: 0,

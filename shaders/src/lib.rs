@@ -10,4 +10,4 @@ mod variant;
 
 pub use link::{Error, Linked, link};
 pub use skeleton::{SKELETONS, Skeleton, skeleton};
-pub use variant::{BLOCK, Const, Latent, Reduce, Variant};
+pub use variant::{BLOCK, Const, Reduce, Variant};

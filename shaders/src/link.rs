@@ -67,7 +67,7 @@ pub fn link(variant: &Variant) -> Result<Linked, Error> {
         add("block", if variant.wide { BLOCK_WIDE } else { BLOCK_NARROW }.to_owned());
         variant.matrix_source().into_iter().for_each(|source| add("matrix", source.to_owned()));
     }
-    variant.latent.into_iter().for_each(|latent| add("latent", latent.source().to_owned()));
+    variant.latent_source().into_iter().for_each(|source| add("latent", source.to_owned()));
     variant.reduce.into_iter().for_each(|reduce| add("reduce", reduce.source().to_owned()));
 
     // Modules that a skeleton imports may ask for flags that it does not have: those are off.
@@ -83,7 +83,8 @@ pub fn link(variant: &Variant) -> Result<Linked, Error> {
     let mut syntax = compiled.syntax;
     renumber(&mut syntax).map_err(fail)?;
     let wgsl = format!("{}\n{syntax}\n", header(skeleton.source, variant));
-    let subgroups = variant.reduce == Some(Reduce::Subgroup) || variant.flags.contains("pooled");
+    let subgroups = variant.reduce == Some(Reduce::Subgroup)
+        || ["pooled", "subgroup"].iter().any(|flag| variant.flags.contains(flag));
     reflect(wgsl, subgroups).map_err(fail)
 }
 

@@ -36,7 +36,7 @@ const EMPTY: Skeleton =
 
 /// Every kernel.
 pub const SKELETONS: &[Skeleton] = &[
-    skeleton!("absorb_output", ["aligned", "edit", "half_scales", "scaled"], [matrix, reduce]),
+    skeleton!("absorb_output", ["aligned", "edit", "half_scales", "scaled", "split"], [matrix, reduce]),
     skeleton!("absorb_query", ["half_scales", "interleave", "scaled"], [weight]),
     skeleton!("accept", [], []),
     skeleton!("embed", ["half_scales", "scaled"], [weight]),
@@ -47,7 +47,7 @@ pub const SKELETONS: &[Skeleton] = &[
     skeleton!("gather_rows", [], []),
     skeleton!("gemm", ["bias", "experts", "gated", "half_scales", "norm", "pooled", "residual", "scaled"], [matrix]),
     skeleton!("gemm_tiled", ["bias", "experts", "gated", "half_scales", "norm", "residual", "scaled"], [matrix]),
-    skeleton!("latent_attention", ["holes"], [latent]),
+    skeleton!("latent_attention", ["holes", "split", "subgroup"], [latent]),
     skeleton!("latent_write", ["edit", "interleave", "tapped"], [latent]),
     skeleton!(
         "linear",
@@ -75,10 +75,13 @@ pub fn skeleton(name: &str) -> Option<&'static Skeleton> {
 /// Modules that skeletons import, by name; those with sockets have several implementations.
 pub(crate) const SHARED: &[(&str, &str)] = &[
     ("batch", include_str!("../wesl/batch.wesl")),
+    ("cache", include_str!("../wesl/cache.wesl")),
     ("mean_square", include_str!("../wesl/mean_square.wesl")),
     ("rope", include_str!("../wesl/rope.wesl")),
     ("routing", include_str!("../wesl/routing.wesl")),
+    ("row", include_str!("../wesl/row.wesl")),
     ("scale", include_str!("../wesl/scale.wesl")),
+    ("splits", include_str!("../wesl/splits.wesl")),
 ];
 
 /// Flags that shared modules and plugs ask for.
@@ -99,6 +102,8 @@ pub(crate) const MATRIX_WIDE_8: &str = include_str!("../wesl/matrix/wide_8.wesl"
 pub(crate) const MATRIX_WIDE_16: &str = include_str!("../wesl/matrix/wide_16.wesl");
 pub(crate) const LATENT_F32: &str = include_str!("../wesl/latent/f32.wesl");
 pub(crate) const LATENT_F16: &str = include_str!("../wesl/latent/f16.wesl");
+pub(crate) const LATENT_FP8: &str = include_str!("../wesl/latent/fp8.wesl");
+pub(crate) const LATENT_Q6: &str = include_str!("../wesl/latent/q6.wesl");
 pub(crate) const REDUCE_NONE: &str = include_str!("../wesl/reduce/none.wesl");
 pub(crate) const REDUCE_WORKGROUP: &str = include_str!("../wesl/reduce/workgroup.wesl");
 pub(crate) const REDUCE_SUBGROUP: &str = include_str!("../wesl/reduce/subgroup.wesl");

@@ -3,11 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-use moewe_plan::WeightFormat;
+use moewe_plan::{Latent, WeightFormat};
 
 use crate::skeleton::{
-    LATENT_F16, LATENT_F32, MATRIX_NARROW, MATRIX_WIDE_2, MATRIX_WIDE_4, MATRIX_WIDE_8, MATRIX_WIDE_16, REDUCE_NONE,
-    REDUCE_SUBGROUP, REDUCE_WORKGROUP, WEIGHT_BF16, WEIGHT_F16, WEIGHT_F32, WEIGHT_FP8, WEIGHT_INT4, WEIGHT_INT8,
+    LATENT_F16, LATENT_F32, LATENT_FP8, LATENT_Q6, MATRIX_NARROW, MATRIX_WIDE_2, MATRIX_WIDE_4, MATRIX_WIDE_8,
+    MATRIX_WIDE_16, REDUCE_NONE, REDUCE_SUBGROUP, REDUCE_WORKGROUP, WEIGHT_BF16, WEIGHT_F16, WEIGHT_F32, WEIGHT_FP8,
+    WEIGHT_INT4, WEIGHT_INT8,
 };
 
 /// Value of a constant of the module `tune`.
@@ -24,39 +25,6 @@ impl fmt::Display for Const {
         match self {
             Const::U32(value) => write!(f, "{value}"),
             Const::F32(value) => write!(f, "{value:?}"),
-        }
-    }
-}
-
-/// Storage of latents in the cache: what is plugged into the socket `latent`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Latent {
-    /// 32-bit floats.
-    F32,
-    /// 16-bit floats, two in a word.
-    F16,
-}
-
-impl Latent {
-    /// Words of a row of `numbers` numbers.
-    pub fn words(self, numbers: u64) -> u64 {
-        match self {
-            Latent::F32 => numbers,
-            Latent::F16 => numbers.div_ceil(2),
-        }
-    }
-
-    fn name(self) -> &'static str {
-        match self {
-            Latent::F32 => "latent-f32",
-            Latent::F16 => "latent-f16",
-        }
-    }
-
-    pub(crate) fn source(self) -> &'static str {
-        match self {
-            Latent::F32 => LATENT_F32,
-            Latent::F16 => LATENT_F16,
         }
     }
 }
@@ -103,7 +71,7 @@ pub struct Variant {
     pub weight: Option<WeightFormat>,
     /// Whether rows of weights are read in blocks of [`BLOCK`] numbers instead of four.
     pub wide: bool,
-    /// Storage of latents, if the skeleton has that socket.
+    /// Format of the latent cache, if the skeleton has that socket.
     pub latent: Option<Latent>,
     /// How lanes add up, if the skeleton has that socket.
     pub reduce: Option<Reduce>,
@@ -142,7 +110,7 @@ impl Variant {
         self
     }
 
-    /// Plugs in a storage of latents.
+    /// Plugs in a format of the latent cache.
     #[must_use]
     pub fn latent(mut self, latent: Latent) -> Self {
         self.latent = Some(latent);
@@ -186,7 +154,7 @@ impl Variant {
         let mut parts = vec![self.kernel.to_owned()];
         parts.extend(self.weight.map(|format| format.name().to_owned()));
         parts.extend(self.wide.then(|| "wide".to_owned()));
-        parts.extend(self.latent.map(|latent| latent.name().to_owned()));
+        parts.extend(self.latent.map(|latent| format!("latent-{}", latent.name())));
         parts.extend(self.reduce.map(|reduce| reduce.name().to_owned()));
         parts.extend(
             self.flags.iter().filter(|flag| !["half_scales", "scaled"].contains(flag)).map(|&flag| flag.to_owned()),
@@ -198,6 +166,15 @@ impl Variant {
             .collect();
         let name = parts.join(".");
         if consts.is_empty() { name } else { format!("{name}__{}", consts.join("_")) }
+    }
+
+    pub(crate) fn latent_source(&self) -> Option<&'static str> {
+        self.latent.map(|latent| match latent {
+            Latent::F32 => LATENT_F32,
+            Latent::F16 => LATENT_F16,
+            Latent::Fp8 => LATENT_FP8,
+            Latent::Q6 => LATENT_Q6,
+        })
     }
 
     pub(crate) fn weight_source(&self) -> Option<&'static str> {

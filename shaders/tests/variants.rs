@@ -1,7 +1,7 @@
 //! Every skeleton links and validates for every legal combination of flags and plugs, without a GPU.
 
-use moewe_plan::{Access, WeightFormat};
-use moewe_shaders::{Latent, Reduce, SKELETONS, Skeleton, Variant, link};
+use moewe_plan::{Access, Latent, WeightFormat};
+use moewe_shaders::{Reduce, SKELETONS, Skeleton, Variant, link};
 
 const FORMATS: [WeightFormat; 6] = [
     WeightFormat::F32,
@@ -53,7 +53,11 @@ fn with_shapes(kernel: &'static str) -> Variant {
         // `V` is the vocabulary in `sample` and the value head elsewhere; any number will do.
         variant = variant.int(name, value);
     }
-    variant
+    match kernel {
+        "latent_attention" => variant.int("LANES", 8).int("SUBGROUP", 8).int("TEAMS", 2).int("SPLITS", 2),
+        "absorb_output" => variant.int("SPLITS", 2),
+        _ => variant,
+    }
 }
 
 fn plugs(variant: &Variant, skeleton: &Skeleton) -> Vec<Variant> {
@@ -65,7 +69,7 @@ fn plugs(variant: &Variant, skeleton: &Skeleton) -> Vec<Variant> {
         all = all.iter().flat_map(|v| [v.clone(), v.clone().int("K", 64).wide(true)]).collect();
     }
     if skeleton.latent {
-        all = all.iter().flat_map(|v| [Latent::F32, Latent::F16].map(|l| v.clone().latent(l))).collect();
+        all = all.iter().flat_map(|v| Latent::ALL.map(|l| v.clone().latent(l))).collect();
     }
     if skeleton.reduce {
         let ways = [(Reduce::None, 1), (Reduce::Workgroup, 4), (Reduce::Subgroup, 4)];

@@ -85,7 +85,7 @@ pub enum PrecisionArg {
     /// Everything in f32
     #[default]
     Exact,
-    /// The latent cache in f16, the rest in f32
+    /// The latent cache in the format that the bundle was compiled with (f16 unless told otherwise), the rest in f32
     Fast,
 }
 
@@ -320,6 +320,28 @@ pub enum WeightsArg {
     Int4,
 }
 
+/// Formats of the latent cache for `--precision fast`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum LatentsArg {
+    /// 16-bit floats
+    #[default]
+    F16,
+    /// FP8 with a scale for each 128 numbers
+    Fp8,
+    /// Six bits with a scale for each 32 numbers
+    Q6,
+}
+
+impl From<LatentsArg> for moewe_plan::Latent {
+    fn from(latents: LatentsArg) -> Self {
+        match latents {
+            LatentsArg::F16 => Self::F16,
+            LatentsArg::Fp8 => Self::Fp8,
+            LatentsArg::Q6 => Self::Q6,
+        }
+    }
+}
+
 /// `moewe compile`.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:\n  \
@@ -341,6 +363,10 @@ pub struct CompileArgs {
     /// Format of linears and embeddings
     #[arg(long, value_enum, default_value_t)]
     pub weights: WeightsArg,
+
+    /// Format of the latent cache with --precision fast
+    #[arg(long, value_enum, default_value_t)]
+    pub latents: LatentsArg,
 
     /// Refer to the checkpoint's files instead of copying weights that need no repacking
     #[arg(long)]

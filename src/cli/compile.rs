@@ -38,6 +38,7 @@ pub fn run(args: &CompileArgs) -> anyhow::Result<()> {
         weights,
         reference: args.reference_weights,
         plan_only: args.plan_only,
+        latents: args.latents.into(),
         taps: args.taps.clone(),
     };
     let checkpoint = Checkpoint::open(&args.checkpoint)?;

@@ -192,7 +192,14 @@ fn compiled(path: &Path, args: &ModelArgs, gpu: &Gpu) -> anyhow::Result<Bundle> 
         return Ok(bundle);
     }
     let bars = Bars::default();
-    let options = Options { profile, weights: None, reference: true, plan_only: false, taps: TapChoice::all() };
+    let options = Options {
+        profile,
+        weights: None,
+        reference: true,
+        plan_only: false,
+        latents: moewe_plan::Latent::F16,
+        taps: TapChoice::all(),
+    };
     let progress = |done, total| bars.set("compiling", done, total, true);
     compile::compile_until(&checkpoint, &options, &dir, &progress, interrupt::flag())?;
     drop(bars);

@@ -8,7 +8,7 @@ use moewe_compiler::checkpoint::Checkpoint;
 use moewe_compiler::compile::{Options, compile_until};
 use moewe_compiler::profile::Profile;
 use moewe_compiler::tensors::expected;
-use moewe_plan::{Bundle, TapChoice, Weight, WeightFormat};
+use moewe_plan::{Bundle, Latent, TapChoice, Weight, WeightFormat};
 use serde_json::{Value, json};
 
 use super::args::QuantizeArgs;
@@ -44,8 +44,14 @@ pub fn run(args: &QuantizeArgs) -> anyhow::Result<()> {
     let format = WeightFormat::from(bits);
     let profile = Profile::load(&target(args)?)?;
     let checkpoint = Checkpoint::open(path)?;
-    let options =
-        Options { profile, weights: Some(format), reference: false, plan_only: false, taps: TapChoice::all() };
+    let options = Options {
+        profile,
+        weights: Some(format),
+        latents: Latent::F16,
+        reference: false,
+        plan_only: false,
+        taps: TapChoice::all(),
+    };
     let bars = Bars::default();
     let progress = |done, total| bars.set("quantising", done, total, true);
     let warnings = compile_until(&checkpoint, &options, out, &progress, interrupt::flag())?;

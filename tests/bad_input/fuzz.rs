@@ -25,6 +25,7 @@ fn compile_anyhow(dir: &Path, out: &Path) {
         weights: None,
         reference: true,
         plan_only,
+        latents: moewe_plan::Latent::F16,
         taps: moewe_plan::TapChoice::all(),
     };
     let compiled = compile(&checkpoint, &options(!sound), out, &|_, _| ());

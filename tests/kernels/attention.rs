@@ -1,11 +1,11 @@
-//! `absorb_query`, `absorb_output` and `latent_write`; a cache of pages.
+//! `absorb_query`, `absorb_output` and `latent_write`.
 
-use moewe_oracle::numeric::{f16_to_f32, f32_to_f16};
 use moewe_oracle::ops::{self, MlaDims};
 use moewe_oracle::rope::{RopeParams, Yarn};
-use moewe_plan::WeightFormat;
-use moewe_shaders::{Latent, Variant};
+use moewe_plan::{Latent, WeightFormat};
+use moewe_shaders::Variant;
 
+use super::cache::{Cache, group};
 use super::data::{FORMATS, Matrix, Rng, assert_agrees, compare, f64s, magnitudes};
 use super::harness::{Call, Outputs, UNTOUCHED, bits, ways};
 
@@ -220,127 +220,48 @@ fn values_are_expanded() {
     assert!(cases >= 20, "only {cases} cases");
 }
 
-/// A cache of pages, all NaN where nothing was written.
-pub struct Cache {
-    latent: Latent,
-    numbers: usize,
-    pub words: Vec<u32>,
-    /// [sequences, max_pages]
-    pub table: Vec<u32>,
-    pub max_pages: usize,
-}
-
-impl Cache {
-    /// Pages in random order for `lengths` tokens of each sequence, and one page that belongs to nobody. Entries of the
-    /// table behind a sequence's pages lead far outside.
-    pub fn new(rng: &mut Rng, latent: Latent, numbers: usize, max_pages: usize, lengths: &[usize]) -> Self {
-        let needed: usize = lengths.iter().map(|length| length.div_ceil(PAGE)).sum();
-        let mut free = rng.permutation(needed + 1);
-        let mut table = vec![u32::MAX; lengths.len() * max_pages];
-        for (sequence, length) in lengths.iter().enumerate() {
-            for page in 0..length.div_ceil(PAGE) {
-                table[sequence * max_pages + page] = free.pop().expect("one for each") as u32;
-            }
-        }
-        let words = vec![u32::MAX; (needed + 1) * PAGE * latent.words(numbers as u64) as usize];
-        Self { latent, numbers, words, table, max_pages }
-    }
-
-    pub fn at(&self, sequence: usize, position: usize) -> usize {
-        let page = self.table[sequence * self.max_pages + position / PAGE] as usize;
-        (page * PAGE + position % PAGE) * self.latent.words(self.numbers as u64) as usize
-    }
-
-    /// Writes a row, and returns it as it can be read back.
-    pub fn write(&mut self, sequence: usize, position: usize, row: &[f32]) -> Vec<f64> {
-        let at = self.at(sequence, position);
-        match self.latent {
-            Latent::F32 => row.iter().enumerate().for_each(|(i, number)| self.words[at + i] = number.to_bits()),
-            Latent::F16 => row.chunks(2).enumerate().for_each(|(i, pair)| {
-                let half = |number: Option<&f32>| u32::from(number.map_or(0, |&number| f32_to_f16(number)));
-                self.words[at + i] = half(pair.first()) | half(pair.get(1)) << 16;
-            }),
-        }
-        f64s(&read(self.latent, &self.words[at..], self.numbers))
-    }
-}
-
-/// Numbers of a row of the cache.
-fn read(latent: Latent, words: &[u32], numbers: usize) -> Vec<f32> {
-    let number = |i: usize| match latent {
-        Latent::F32 => f32::from_bits(words[i]),
-        Latent::F16 => f16_to_f32((words[i / 2] >> (16 * (i % 2))) as u16),
-    };
-    (0..numbers).map(number).collect()
-}
-
 #[test]
 fn latents_are_normalised_rotated_and_written_to_their_places() {
     let mut rng = Rng::new(53);
     let places =
         [(0, 0), (1, 63), (1, 64), (0, 65), (2, 127), (2, 255), (2, 256), (0, 1), (3, 100_000), (3, 163_839), (2, 128)];
-    let lengths = [66, 65, 257, 163_840];
     let mut cases = 0;
-    for (rank, rope_dim) in [(9, 6), (24, 16), (1, 2), (65, 10), (512, 64)] {
-        for interleave in [true, false] {
-            for (latent, tapped) in
-                [(Latent::F32, false), (Latent::F32, true), (Latent::F16, false), (Latent::F16, true)]
-            {
+    for (rank, rope_dim) in [(9, 6), (1, 2), (130, 10), (512, 64)] {
+        for (interleave, tapped) in [(true, false), (false, true)] {
+            for latent in Latent::ALL {
                 let (rope, numbers, max_pages) = (rope(rope_dim, interleave), rank + rope_dim, CONTEXT / PAGE);
                 // Only the pages that are written need to be there.
-                let mut cache = Cache::new(&mut rng, latent, numbers, max_pages, &[66, 65, 257, 130]);
+                let mut cache = Cache::new(&mut rng, latent, (rank, rope_dim), max_pages, &[66, 65, 257, 130]);
                 for position in [100_000, 163_839] {
                     cache.table[3 * max_pages + position / PAGE] = cache.table[3 * max_pages + (position / PAGE) % 2];
                 }
-                assert_eq!(lengths.len() * max_pages, cache.table.len());
                 let mut kv = rng.numbers(places.len() * numbers);
                 kv[numbers..2 * numbers].iter_mut().for_each(|x| *x *= 100.0);
                 kv[2 * numbers..][..rank].fill(0.0);
+                kv[3 * numbers..][..rank].iter_mut().for_each(|x| *x *= 1e-20);
                 let norm = rng.norm(rank);
-                let variant = Variant::new("latent_write")
-                    .latent(latent)
-                    .flag("interleave", interleave)
-                    .flag("tapped", tapped)
-                    .int("RANK", rank)
-                    .int("ROPE", rope_dim)
-                    .int("ROPE_PAIRS", rope_dim / 2)
-                    .int("MAX_PAGES", max_pages)
-                    .int("WG", 64)
-                    .float("EPS", EPS);
-                // Plain, or with a factor for each number of the latent.
-                let run = |scale: Option<&[f32]>| {
-                    let mut call = Call::new(&variant.clone().flag("edit", scale.is_some()))
-                        .floats("kv", &kv)
-                        .floats("norm", &norm)
-                        .floats("angles", &angles(&rope, CONTEXT))
-                        .words("tokens", &tokens(&places))
-                        .words("pages", &cache.table)
-                        .words("cache", &cache.words);
-                    if tapped {
-                        call = call.output("rows", places.len() * numbers);
-                    }
-                    if let Some(scale) = scale {
-                        call = call.floats("latent_scale", scale);
-                    }
-                    call.run([places.len(), 1, 1])
-                };
-                let outputs = run(None);
-                assert_eq!(run(Some(&vec![1.0; rank])).words("cache"), outputs.words("cache"), "factors of 1");
-                let scale: Vec<f32> = (0..rank).map(|i| [0.0, -2.0, 1.0, 0.5][i % 4]).collect();
-                let scaled = run(Some(&scale));
+                let writer = Writer { latent, rope: &rope, cache: &cache, norm: &norm, places: &places, tapped };
+                let outputs = writer.run(&kv, None);
+                assert_eq!(
+                    writer.run(&kv, Some(&vec![1.0; rank])).words("cache"),
+                    outputs.words("cache"),
+                    "factors of 1"
+                );
+                // Powers of two for whole groups: what shares a scale stays what it is, if it is not too small for f16.
+                let scale: Vec<f32> = (0..rank).map(|i| [2.0, -2.0, 1.0, 0.5][i / 128 % 4]).collect();
+                let scaled = writer.run(&kv, Some(&scale));
                 for &(sequence, position) in &places {
-                    let (at, length) = (cache.at(sequence, position), latent.words(numbers as u64) as usize);
-                    let row = |outputs: &Outputs| read(latent, &outputs.words("cache")[at..][..length], numbers);
-                    for (i, (scaled, plain)) in row(&scaled).into_iter().zip(row(&outputs)).enumerate() {
-                        // Powers of two, but a half may be below what f16 holds exactly.
+                    let plain = cache.read(outputs.words("cache"), sequence, position);
+                    let row = cache.read(scaled.words("cache"), sequence, position);
+                    for (i, (scaled, plain)) in row.into_iter().zip(plain).enumerate() {
                         let expected = plain * scale.get(i).copied().unwrap_or(1.0);
                         assert!((scaled - expected).abs() <= 6e-8, "number {i}: {scaled} instead of {expected}");
                     }
                 }
                 if tapped {
                     let factor = |i: usize| scale.get(i % numbers).copied().unwrap_or(1.0);
-                    let plain = outputs.floats("rows").into_iter().enumerate();
-                    assert_eq!(scaled.floats("rows"), plain.map(|(i, plain)| plain * factor(i)).collect::<Vec<_>>());
+                    let plain = outputs.floats("result").into_iter().enumerate();
+                    assert_eq!(scaled.floats("result"), plain.map(|(i, plain)| plain * factor(i)).collect::<Vec<_>>());
                 }
 
                 let (c, mut k) = ops::split_rows(&f64s(&kv), numbers, rank);
@@ -355,28 +276,22 @@ fn latents_are_normalised_rotated_and_written_to_their_places() {
                 let size = ops::concat_rows(&magnitudes(&c), rank, &k_size, rope_dim);
                 let what = format!("{latent:?} {rank} + {rope_dim}, interleave {interleave}");
                 if tapped {
-                    assert_agrees("latent_write", &format!("{what}, tap"), &outputs.floats("rows"), &want, &size);
+                    assert_agrees("latent_write", &format!("{what}, tap"), &outputs.floats("result"), &want, &size);
                 }
-                // Half an ulp of f16, a whole one where the device does not round to nearest.
-                let rounding = if latent == Latent::F16 { 2f64.powi(-10) } else { 0.0 };
                 let mut written = cache.words.clone();
                 for (t, &(sequence, position)) in places.iter().enumerate() {
-                    let (at, length) = (cache.at(sequence, position), latent.words(numbers as u64) as usize);
-                    let row = &outputs.words("cache")[at..][..length];
-                    written[at..][..length].copy_from_slice(row);
-                    let got = read(latent, row, numbers);
+                    let (at, length) = (cache.at(sequence, position), cache.row_words());
+                    written[at..][..length].copy_from_slice(&outputs.words("cache")[at..][..length]);
+                    let got = cache.read(outputs.words("cache"), sequence, position);
                     let (want, size) = (&want[t * numbers..][..numbers], &size[t * numbers..][..numbers]);
                     if latent == Latent::F32 {
                         assert_agrees("latent_write", &what, &got, want, size);
-                    } else {
-                        for i in 0..numbers {
-                            let error = (f64::from(got[i]) - want[i]).abs();
-                            let bound = rounding * want[i].abs() + 1e-6 * size[i] + 2f64.powi(-25);
-                            assert!(error <= bound, "{what} token {t}: {} instead of {}", got[i], want[i]);
-                        }
-                        if numbers % 2 == 1 {
-                            assert_eq!(row[length - 1] >> 16, 0, "padding is zero");
-                        }
+                        continue;
+                    }
+                    for i in 0..numbers {
+                        let error = (f64::from(got[i]) - want[i]).abs();
+                        let bound = rounding(latent, rank, want, i) + 1e-6 * size[i];
+                        assert!(error <= bound, "{what} token {t}: {} instead of {} at {i}", got[i], want[i]);
                     }
                 }
                 assert_eq!(outputs.words("cache"), written, "{what}: other rows were written");
@@ -384,5 +299,159 @@ fn latents_are_normalised_rotated_and_written_to_their_places() {
             }
         }
     }
-    assert_eq!(cases, 40);
+    assert_eq!(cases, 32);
+}
+
+/// What workgroups that shared contexts left is added up: the same as of one that had it all. What the others would have
+/// left is NaN where a context is too short for them.
+#[test]
+fn shares_of_a_context_are_added_up() {
+    let mut rng = Rng::new(62);
+    let (splits, heads, value) = (5, 3, 6);
+    for latent in [9, 24, 64] {
+        let dims = MlaDims { heads, nope: 4, rope: 2, value, latent, scale: 1.0 };
+        let case = Absorb::random(&mut rng, WeightFormat::Bf16, dims);
+        let places = [(0, 0), (0, 255), (1, 256), (1, 700), (2, 1279), (3, 5000)];
+        for way in ways().into_iter().filter(|way| way.rows == 1 && !way.pooled) {
+            let (mut x, mut stats) = (Vec::new(), Vec::new());
+            let mut whole = vec![0.0; places.len() * heads * latent];
+            for (t, (_, position)) in places.iter().enumerate() {
+                let pages = (position + 1usize).div_ceil(64);
+                let shares = pages.div_ceil(pages.div_ceil(splits).max(4));
+                let parts: Vec<Vec<(Vec<f32>, f32, f32)>> = (0..shares)
+                    .map(|_| {
+                        (0..heads)
+                            .map(|_| (rng.numbers(latent), 50.0 * rng.number(), 1.0 + rng.unit() as f32))
+                            .collect()
+                    })
+                    .collect();
+                for h in 0..heads {
+                    let largest = parts.iter().map(|part| part[h].1).fold(f32::MIN, f32::max);
+                    let factor = |part: &Vec<(Vec<f32>, f32, f32)>| f64::from(part[h].1 - largest).exp();
+                    let total: f64 = parts.iter().map(|part| factor(part) * f64::from(part[h].2)).sum();
+                    for i in 0..latent {
+                        let sum: f64 = parts.iter().map(|part| factor(part) * f64::from(part[h].0[i])).sum();
+                        whole[(t * heads + h) * latent + i] = sum / total;
+                    }
+                }
+                for share in 0..splits {
+                    for h in 0..heads {
+                        let part = parts.get(share).map(|part| &part[h]);
+                        x.extend(part.map_or(vec![f32::NAN; latent], |part| part.0.clone()));
+                        stats.extend(part.map_or([f32::NAN; 2], |part| [part.1, part.2]));
+                    }
+                }
+            }
+            let variant = way.plug(case.shapes(case.kv_b.plug(Variant::new("absorb_output"))), &case.kv_b);
+            let call = case.call(&variant.flag("split", true).int("TILE", 1).int("SPLITS", splits), (0, heads));
+            let call = call.batch(places.len(), 1).floats("x", &x).floats("stats", &stats);
+            let call = call.words("tokens", &tokens(&places)).output("y", places.len() * heads * value);
+            let got = call.run([way.groups(heads * value), places.len(), 1]).floats("y");
+            let kv_b = case.kv_b.numbers();
+            let want = ops::expand_values(&case.dims, &kv_b, &whole);
+            let size = ops::expand_values(&case.dims, &magnitudes(&kv_b), &magnitudes(&whole));
+            // Factors are exponentials of differences of up to some hundreds.
+            let size: Vec<f64> = size.into_iter().map(|size| 100.0 * size).collect();
+            assert_agrees("absorb_output", &format!("{way:?}, {latent}"), &got, &want, &size);
+        }
+    }
+}
+
+/// What storing number `i` of a row may change about it.
+fn rounding(latent: Latent, rank: usize, row: &[f64], i: usize) -> f64 {
+    // Half an ulp, a whole one where the device does not round to nearest.
+    let half = 2f64.powi(-10) * row[i].abs() + 2f64.powi(-25);
+    let largest = |group: usize| {
+        let end = rank.min((i / group + 1) * group);
+        row[i / group * group..end].iter().fold(0.0, |most: f64, x| most.max(x.abs()))
+    };
+    match latent {
+        Latent::F32 => 0.0,
+        Latent::F16 => half,
+        // Half a step: of 2^-3 of the power of two below, of 2^-9 scales among the smallest; of a scale. Scales of what is
+        // almost zero are larger than that.
+        Latent::Fp8 if i < rank => {
+            (row[i].abs() / 16.0).max(largest(128) / 448.0 * 2f64.powi(-10)) * (1.0 + 1e-5) + 1e-37
+        }
+        Latent::Q6 if i < rank => largest(32) / 31.0 * (1.0 + 2f64.powi(-7)) / 2.0 + 1e-37,
+        Latent::Fp8 | Latent::Q6 => row[i].abs() * 2f64.powi(-8),
+    }
+}
+
+/// What `latent_write` is given.
+struct Writer<'a> {
+    latent: Latent,
+    rope: &'a RopeParams,
+    cache: &'a Cache,
+    norm: &'a [f32],
+    places: &'a [(usize, usize)],
+    tapped: bool,
+}
+
+impl Writer<'_> {
+    fn run(&self, kv: &[f32], scale: Option<&[f32]>) -> Outputs {
+        let variant = Variant::new("latent_write")
+            .latent(self.latent)
+            .flag("interleave", self.rope.interleave)
+            .flag("tapped", self.tapped)
+            .flag("edit", scale.is_some())
+            .int("RANK", self.norm.len())
+            .int("ROPE", self.rope.dim)
+            .int("ROPE_PAIRS", self.rope.dim / 2)
+            .int("MAX_PAGES", self.cache.max_pages)
+            .int("WG", 64)
+            .float("EPS", EPS);
+        let mut call = Call::new(&variant)
+            .floats("kv", kv)
+            .floats("norm", self.norm)
+            .floats("angles", &angles(self.rope, CONTEXT))
+            .words("tokens", &tokens(self.places))
+            .words("pages", &self.cache.table)
+            .words("cache", &self.cache.words);
+        if self.tapped {
+            call = call.output("result", kv.len());
+        }
+        if let Some(scale) = scale {
+            call = call.floats("latent_scale", scale);
+        }
+        call.run([self.places.len(), 1, 1])
+    }
+}
+
+/// A number that is none, or too large for any scale, is not read back as a number, and those that share no scale with it are
+/// as they were. Factors instead of inputs, since the norm would spread it over the row.
+#[test]
+fn what_is_no_number_stays_none() {
+    let mut rng = Rng::new(60);
+    let (rank, rope_dim) = (300, 10);
+    let rope = rope(rope_dim, true);
+    for latent in Latent::ALL {
+        let places = [(0, 3)];
+        let cache = Cache::new(&mut rng, latent, (rank, rope_dim), 1, &[4]);
+        let (kv, norm) = (rng.numbers(rank + rope_dim), rng.norm(rank));
+        let writer = Writer { latent, rope: &rope, cache: &cache, norm: &norm, places: &places, tapped: false };
+        let plain = cache.read(writer.run(&kv, None).words("cache"), 0, 3);
+        for (place, poison) in
+            [(0, f32::NAN), (131, -f32::NAN), (299, f32::INFINITY), (40, f32::from_bits(0x7f80_0001))]
+        {
+            let mut scale = vec![1.0; rank];
+            scale[place] = poison;
+            let row = cache.read(writer.run(&kv, Some(&scale)).words("cache"), 0, 3);
+            assert!(!row[place].is_finite(), "{latent:?}: {poison} became {}", row[place]);
+            let group = group(latent).unwrap_or(1);
+            for i in (0..rank + rope_dim).filter(|&i| i >= rank || i / group != place / group) {
+                assert_eq!(row[i], plain[i], "{latent:?}: {poison} at {place} changed number {i}");
+            }
+        }
+        let exact = ops::rms_norm(&f64s(&kv[..rank]), &f64s(&norm), EPS)[7] * 1e30;
+        let mut huge = vec![1.0; rank];
+        huge[7] = 1e30;
+        let row = cache.read(writer.run(&kv, Some(&huge)).words("cache"), 0, 3);
+        assert!(latent == Latent::F16 || (f64::from(row[7]) / exact - 1.0).abs() < 0.07, "{latent:?}: {}", row[7]);
+        // All of the rope part.
+        let mut poisoned = kv.clone();
+        poisoned[rank + 2] = f32::NAN;
+        let row = cache.read(writer.run(&poisoned, None).words("cache"), 0, 3);
+        assert!(row[rank + 2].is_nan() && row[rank + 3].is_nan() && row[rank + 4] == plain[rank + 4], "{latent:?}");
+    }
 }

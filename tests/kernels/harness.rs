@@ -112,6 +112,11 @@ pub fn ways() -> Vec<Way> {
     ways
 }
 
+/// Lanes that subgroup shuffles surely reach; 0 without such operations.
+pub fn subgroup() -> usize {
+    gpu().subgroup as usize
+}
+
 impl Kernel {
     /// The kernel of a variant, made once.
     fn get(variant: &Variant) -> Arc<Self> {

@@ -3,15 +3,53 @@
 use std::collections::BTreeSet;
 
 use moewe_oracle::ops::{self, LatentRows, MlaDims};
-use moewe_shaders::{Latent, Variant};
+use moewe_plan::Latent;
+use moewe_shaders::Variant;
 
-use super::attention::{Cache, tokens};
+use super::attention::tokens;
+use super::cache::Cache;
 use super::data::{Rng, assert_agrees, compare, f64s, magnitudes};
-use super::harness::{Call, bits};
+use super::harness::{Call, bits, subgroup};
+
+/// How many invocations work together, as lanes of a subgroup of this size if it is given, and share a context.
+#[derive(Clone, Copy, Debug)]
+struct Team {
+    subgroup: Option<usize>,
+    teams: usize,
+    splits: usize,
+}
+
+impl Default for Team {
+    fn default() -> Self {
+        Self { subgroup: None, teams: 1, splits: 1 }
+    }
+}
+
+/// Teams that this device can run.
+fn teams() -> Vec<Team> {
+    let plain = Team::default();
+    let mut teams = vec![plain, Team { teams: 2, splits: 3, ..plain }];
+    if subgroup() >= 8 {
+        teams.extend([(1, 1), (2, 1), (1, 2), (3, 16)].map(|(teams, splits)| Team {
+            subgroup: Some(8),
+            teams,
+            splits,
+        }));
+    }
+    teams
+}
+
+/// Workgroups of `splits` that have something of a context to do: at least four pages each.
+fn shares(context: usize, splits: usize) -> usize {
+    let pages = context.div_ceil(64);
+    pages.div_ceil(pages.div_ceil(splits).max(4))
+}
 
 struct Attention {
     dims: MlaDims,
     latent: Latent,
+    /// How the kernel is built.
+    team: Team,
     first: usize,
     /// For each sequence positions that were never written, if the kernel is told of any.
     holes: Option<Vec<(usize, usize)>>,
@@ -28,7 +66,7 @@ impl Attention {
         let length = |sequence| places.iter().filter(|place| place.0 == sequence).map(|place| place.1 + 1).max();
         let lengths: Vec<usize> = (0..sequences).map(|sequence| length(sequence).unwrap_or(0)).collect();
         let numbers = dims.latent + dims.rope;
-        let mut cache = Cache::new(rng, latent, numbers, 5, &lengths);
+        let mut cache = Cache::new(rng, latent, (dims.latent, dims.rope), 21, &lengths);
         let mut rows = vec![(Vec::new(), Vec::new()); sequences];
         for (sequence, &length) in lengths.iter().enumerate() {
             for position in first..length {
@@ -38,39 +76,72 @@ impl Attention {
             }
         }
         let q = rng.numbers(places.len() * dims.heads * numbers);
-        Self { dims, latent, first, holes: None, q, places: places.to_vec(), cache, rows }
+        Self { dims, latent, team: Team::default(), first, holes: None, q, places: places.to_vec(), cache, rows }
     }
 
     fn run(&self) -> Vec<f32> {
         let MlaDims { heads, latent, rope, .. } = self.dims;
+        let Team { subgroup, teams, splits } = self.team;
+        let least = latent.div_ceil(16).max(rope.div_ceil(4)).max(8).next_power_of_two();
         let variant = Variant::new("latent_attention")
             .latent(self.latent)
             .flag("holes", self.holes.is_some())
+            .flag("split", splits > 1)
+            .flag("subgroup", subgroup.is_some())
             .int("HEADS", heads)
             .int("RANK", latent)
             .int("ROPE", rope)
             .int("MAX_PAGES", self.cache.max_pages)
             .int("FIRST", self.first)
+            .int("LANES", least.max(subgroup.unwrap_or(8)))
+            .int("SUBGROUP", subgroup.unwrap_or(8))
+            .int("TEAMS", teams)
+            .int("SPLITS", splits)
             .float("SOFTMAX_SCALE", self.dims.scale);
         let mut call = Call::new(&variant);
         if let Some(holes) = &self.holes {
             let words: Vec<u32> = holes.iter().flat_map(|&(from, to)| [from as u32, to as u32]).collect();
             call = call.words("holes", &words);
         }
-        call.floats("q", &self.q)
-            .words("cache", &self.cache.words)
+        if splits > 1 {
+            call = call.output("stats", self.places.len() * splits * heads * 2);
+        }
+        let outputs = call
+            .floats("q", &self.q)
+            .words("cache_rows", &self.cache.words)
             .words("tokens", &tokens(&self.places))
             .words("pages", &self.cache.table)
-            .output("y", self.places.len() * heads * latent)
-            .run([heads, self.places.len(), 1])
-            .floats("y")
+            .output("y", self.places.len() * splits * heads * latent)
+            .run([heads.div_ceil(4 * teams), self.places.len(), splits]);
+        let y = outputs.floats("y");
+        if splits == 1 {
+            return y;
+        }
+        // Added up as `absorb_output` does.
+        let stats = outputs.floats("stats");
+        let mut joined = Vec::new();
+        for (t, &(_, position)) in self.places.iter().enumerate() {
+            let shares = shares(position + 1, splits);
+            for head in 0..heads {
+                let row = |share: usize| (t * splits + share) * heads + head;
+                let stat = |share: usize| (f64::from(stats[2 * row(share)]), f64::from(stats[2 * row(share) + 1]));
+                let largest = (0..shares).map(|share| stat(share).0).fold(f64::MIN, f64::max);
+                let factor = |share: usize| (stat(share).0 - largest).exp();
+                let total: f64 = (0..shares).map(|share| factor(share) * stat(share).1).sum();
+                joined.extend((0..latent).map(|i| {
+                    let sum: f64 = (0..shares).map(|s| factor(s) * f64::from(y[row(s) * latent + i])).sum();
+                    (sum / total) as f32
+                }));
+            }
+        }
+        joined
     }
 
     /// The same without the positions of holes: NaN in the cache, and not there for the oracle. A token's own position
     /// stays.
     fn with_holes(mut self, holes: &[(usize, usize)]) -> Self {
         let own: BTreeSet<(usize, usize)> = self.places.iter().copied().collect();
-        let words = self.latent.words((self.dims.latent + self.dims.rope) as u64) as usize;
+        let words = self.cache.row_words();
         for (sequence, &(from, to)) in holes.iter().enumerate() {
             let length = self.rows[sequence].0.len() / self.dims.latent + self.first;
             for position in (from.max(self.first)..to.min(length)).filter(|&p| !own.contains(&(sequence, p))) {
@@ -120,10 +191,17 @@ impl Attention {
         (want, size)
     }
 
-    fn check(&self, what: &str, certain: bool) -> Vec<f32> {
-        let (got, (want, size)) = (self.run(), self.expected(certain));
-        assert_agrees("latent_attention", what, &got, &want, &size);
-        got
+    /// Compares what each team finds; returns the first's.
+    fn check(&mut self, what: &str, certain: bool) -> Vec<f32> {
+        let (want, size) = self.expected(certain);
+        let teams = teams().into_iter().map(|team| {
+            self.team = team;
+            let got = self.run();
+            assert_agrees("latent_attention", &format!("{what}, {team:?}"), &got, &want, &size);
+            got
+        });
+        let mut found: Vec<Vec<f32>> = teams.collect();
+        found.swap_remove(0)
     }
 }
 
@@ -138,9 +216,11 @@ const RAGGED: [(usize, usize); 11] =
 #[test]
 fn ragged_batches_over_shuffled_pages() {
     let mut rng = Rng::new(54);
-    for (heads, latent, rope) in [(3, 9, 6), (1, 1, 2), (2, 24, 16), (2, 64, 4), (2, 65, 10), (1, 512, 64)] {
-        for storage in [Latent::F32, Latent::F16] {
-            let case = Attention::random(&mut rng, dims(heads, latent, rope), storage, 0, &RAGGED);
+    for (heads, latent, rope) in
+        [(3, 9, 6), (1, 1, 2), (2, 24, 16), (2, 64, 4), (2, 65, 10), (6, 130, 20), (5, 512, 64)]
+    {
+        for storage in Latent::ALL {
+            let mut case = Attention::random(&mut rng, dims(heads, latent, rope), storage, 0, &RAGGED);
             case.check(&format!("{storage:?} {heads} heads, {latent} + {rope}"), false);
         }
     }
@@ -150,10 +230,10 @@ fn ragged_batches_over_shuffled_pages() {
 #[test]
 fn positions_below_the_first_are_not_seen() {
     let mut rng = Rng::new(55);
-    for storage in [Latent::F32, Latent::F16] {
+    for storage in Latent::ALL {
         for first in [1, 2] {
             let places: Vec<_> = RAGGED.into_iter().filter(|place| place.1 >= first).chain([(0, 2)]).collect();
-            let case = Attention::random(&mut rng, dims(2, 10, 4), storage, first, &places);
+            let mut case = Attention::random(&mut rng, dims(2, 10, 4), storage, first, &places);
             case.check(&format!("{storage:?} from position {first}"), false);
         }
     }
@@ -172,11 +252,11 @@ fn holes_are_not_seen() {
         [(1, 50), (64, 64), (100, 20), (0, u32::MAX as usize)],
         [(0, 300), (0, 300), (0, 300), (128, 192)],
     ];
-    for storage in [Latent::F32, Latent::F16] {
+    for storage in [Latent::F32, Latent::Fp8] {
         for first in [0, 1] {
             let places: Vec<_> = RAGGED.into_iter().filter(|place| place.1 >= first).chain([(0, 2)]).collect();
             for holes in &cases {
-                let case = Attention::random(&mut rng, dims(2, 10, 4), storage, first, &places).with_holes(holes);
+                let mut case = Attention::random(&mut rng, dims(2, 10, 4), storage, first, &places).with_holes(holes);
                 case.check(&format!("{storage:?} from position {first}, holes {holes:?}"), false);
             }
         }
@@ -188,6 +268,18 @@ fn holes_are_not_seen() {
     assert_eq!(bits(&case.run()), plain);
     case.holes = Some(vec![(0, 0), (1, 2)]);
     assert_ne!(bits(&case.run()), plain, "a hole made no difference");
+}
+
+/// Contexts that several workgroups share evenly, unevenly, or not at all, and many short ones.
+#[test]
+fn contexts_are_shared() {
+    let mut rng = Rng::new(61);
+    let lengths = (0..300).step_by(7).map(|position| (0, position));
+    let places: Vec<_> = lengths.chain([(1, 1023), (2, 1024), (3, 1300), (4, 256), (5, 511)]).collect();
+    for latent in Latent::ALL {
+        let mut case = Attention::random(&mut rng, dims(5, 20, 6), latent, 0, &places);
+        case.check(&format!("{latent:?}, long"), false);
+    }
 }
 
 #[test]

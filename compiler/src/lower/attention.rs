@@ -1,12 +1,12 @@
 //! Steps of multi-head latent attention.
 
-use moewe_plan::{Cost, Dim, ParameterKind, Role, Symbol};
+use moewe_plan::{Cost, DType, Dim, ParameterKind, Role, Symbol};
 
 use super::{Lowering, ONE, Slot};
 use crate::error::Result;
 use crate::graph::{Mla, Node, Norm, Value, WeightId};
 use crate::pack::Matrix;
-use crate::select::{self, WORKGROUP};
+use crate::select::{self, FEW_TOKENS, WORKGROUP};
 
 impl Lowering<'_, '_> {
     pub(super) fn latent_write(&mut self, node: &Node, layer: usize, norm: Norm, mla: &Mla, row: Value) -> Result<()> {
@@ -20,7 +20,7 @@ impl Lowering<'_, '_> {
             ("cache", self.cache(layer)),
         ];
         if tapped {
-            slots.push(("rows", Slot::Value(row)));
+            slots.push(("result", Slot::Value(row)));
         }
         if edit {
             slots.push(("latent_scale", self.parameter(node, ParameterKind::LatentScale, mla.rank)?));
@@ -29,7 +29,8 @@ impl Lowering<'_, '_> {
         let flags = [("interleave", self.config.rope.interleave), ("tapped", tapped), ("edit", edit)];
         let variant = self.selector.latent_write(mla, norm.eps, max_pages, &flags);
         let numbers = (mla.rank + mla.rope) as u64;
-        let cost = Cost { token_bytes: 4 * (numbers + self.selector.latent().words(numbers)), ..Cost::default() };
+        let words = self.selector.latent().words(mla.rank as u64, mla.rope as u64);
+        let cost = Cost { token_bytes: 4 * (numbers + words), ..Cost::default() };
         self.emit(node, &variant, &slots, [Dim::Symbol(Symbol::Tokens), ONE, ONE], [0; 4], cost)
     }
 
@@ -64,40 +65,68 @@ impl Lowering<'_, '_> {
         let max_pages = select::max_pages(self.config.max_position_embeddings);
         // Modules of multi-token prediction may have skipped positions.
         let holes = self.first_position > 0;
-        let variant = self.selector.latent_attention(mla, max_pages, self.first_position, holes);
+        let splits = self.splits(y);
+        let variant = self.selector.latent_attention(mla, max_pages, self.first_position, holes, splits);
         let mut slots = vec![
             ("q", Slot::Value(node.inputs[0])),
-            ("cache", self.cache(layer)),
+            ("cache_rows", self.cache(layer)),
             ("tokens", self.role(Role::Tokens)),
             ("pages", self.role(Role::PageTable)),
-            ("y", Slot::Value(y)),
+            ("y", if splits > 1 { self.shares("sums", splits, mla.heads * mla.rank) } else { Slot::Value(y) }),
         ];
+        if splits > 1 {
+            slots.push(("stats", self.shares("stats", splits, 2 * mla.heads)));
+        }
         if holes {
             slots.push(("holes", self.role(Role::Holes)));
         }
         let numbers = mla.rank + mla.rope;
         let cost = Cost {
             token_bytes: 4 * (mla.heads * (numbers + mla.rank)) as u64,
-            context_bytes: 4 * self.selector.latent().words(numbers as u64),
+            context_bytes: 4 * self.selector.latent().words(mla.rank as u64, mla.rope as u64),
             context_flops: 2 * (mla.heads * (numbers + mla.rank)) as u64,
             ..Cost::default()
         };
-        let grid = [Dim::Const(mla.heads as u64), Dim::Symbol(Symbol::Tokens), ONE];
+        let groups = mla.heads.div_ceil(self.selector.attention_heads(mla)) as u64;
+        let grid = [Dim::Const(groups), Dim::Symbol(Symbol::Tokens), Dim::Const(splits as u64)];
         self.emit(node, &variant, &slots, grid, [0; 4], cost)
+    }
+
+    /// Workgroups that share a context in the attention that gives `y`. A value that is tapped is wanted in one piece.
+    fn splits(&self, y: Value) -> usize {
+        if self.graph.is_tapped(y) { 1 } else { self.selector.splits() }
+    }
+
+    /// What the workgroups leave that share a context, of `len` numbers for each token and share.
+    fn shares(&mut self, what: &str, splits: usize, len: usize) -> Slot {
+        let elements = Dim::Const((FEW_TOKENS * splits * len) as u64);
+        Slot::Buffer(self.shared.buffers.get(&format!("attention.{what}"), DType::F32, elements, Role::Scratch))
     }
 
     pub(super) fn absorb_output(&mut self, node: &Node, kv_b: WeightId, mla: &Mla, y: Value) -> Result<()> {
         let matrix = self.matrix(kv_b, mla.nope + mla.v)?;
         let edit = self.graph.parameters;
-        let variant = self.selector.absorb_output(matrix.stored, mla, edit);
+        let splits = self.splits(node.inputs[0]);
+        let variant = self.selector.absorb_output(matrix.stored, mla, edit, splits);
         for (shard, heads) in head_shards(&matrix, mla).into_iter().enumerate() {
             let mut slots = vec![
                 ("batch", self.role(Role::Header)),
                 ("part", Slot::Params),
-                ("x", Slot::Value(node.inputs[0])),
+                (
+                    "x",
+                    if splits > 1 {
+                        self.shares("sums", splits, mla.heads * mla.rank)
+                    } else {
+                        Slot::Value(node.inputs[0])
+                    },
+                ),
                 ("kv_b", Slot::Weight(matrix.weight, shard as u32)),
                 ("y", Slot::Value(y)),
             ];
+            if splits > 1 {
+                slots.push(("stats", self.shares("stats", splits, 2 * mla.heads)));
+                slots.push(("tokens", self.role(Role::Tokens)));
+            }
             if edit {
                 slots.push(("head_scale", self.parameter(node, ParameterKind::HeadScale, mla.heads)?));
             }

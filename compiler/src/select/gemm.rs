@@ -119,17 +119,21 @@ pub fn experts_sum(n: usize, top_k: usize) -> Variant {
 
 #[cfg(test)]
 mod tests {
-    use moewe_plan::{Precision, WeightFormat};
+    use moewe_plan::{Latent, Precision, WeightFormat};
 
     use super::*;
     use crate::profile::Profile;
 
     const STORED: Stored = Stored { format: WeightFormat::Bf16, scales: None };
 
+    fn selector(profile: &Profile, tile: usize) -> Selector<'_> {
+        Selector { profile, precision: Precision::Exact, fast_latents: Latent::F16, tile, few: false }
+    }
+
     #[test]
     fn many_tokens_get_tiles_where_rows_divide_into_blocks() {
         for profile in Profile::built_in() {
-            let many = Selector { profile: &profile, precision: Precision::Exact, tile: profile.token_tile as usize };
+            let many = selector(&profile, profile.token_tile as usize);
             assert!(many.gemm(Rows::Tokens, STORED, 100, 96, &[], None).is_some(), "{}", profile.name);
             assert!(many.gemm(Rows::Tokens, STORED, 100, 100, &[], None).is_none(), "{}", profile.name);
             assert!(many.gemm(Rows::Wanted, STORED, 100, 96, &[], None).is_none(), "{}", profile.name);
@@ -141,7 +145,7 @@ mod tests {
     #[test]
     fn grids_cover_all_rows_and_tokens() {
         let profile = Profile::load("lavapipe").unwrap();
-        let selector = Selector { profile: &profile, precision: Precision::Exact, tile: 8 };
+        let selector = selector(&profile, 8);
         let plain = selector.gemm(Rows::Tokens, STORED, 300, 64, &[], None).unwrap();
         assert_eq!(plain.grid(300, Rows::Tokens)[0], Dim::Const(3));
         let gated = selector.gemm(Rows::Tokens, STORED, 300, 64, &[("gated", true)], None).unwrap();

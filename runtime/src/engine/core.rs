@@ -448,7 +448,7 @@ impl Core {
     }
 }
 
-/// What latents depend on beside their tokens: a page of another model, precision or device profile is another page.
+/// What latents depend on beside their tokens: a page of another model, precision, format or device profile is another page.
 fn identity(session: &Session) -> [u8; 32] {
     let plan = session.model().plan();
     let mut hasher = blake3::Hasher::new();
@@ -457,6 +457,7 @@ fn identity(session: &Session) -> [u8; 32] {
         plan.generator.as_str(),
         plan.requirements.profile.as_str(),
         session.options().precision.name(),
+        plan.fast_latents.name(),
     ];
     for part in parts {
         hasher.update(&(part.len() as u64).to_le_bytes()).update(part.as_bytes());

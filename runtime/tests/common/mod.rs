@@ -306,6 +306,7 @@ pub fn plan() -> Plan {
             mtp_modules: 1,
         },
         warnings: Vec::new(),
+        fast_latents: moewe_plan::Latent::F16,
         requirements: Requirements {
             profile: "test".into(),
             max_binding_bytes: 1 << 27,
