@@ -44,6 +44,25 @@ fn check_times(line: &Value, tokens: f64) {
     near(at(line, "/share_of_floor"), at(line, "/floor/seconds") / median, 1e-9);
     near(at(line, "/floor/tokens_per_second"), tokens / at(line, "/floor/seconds"), 1e-9);
     assert!(at(line, "/floor/flops") > 0.0 && at(line, "/floor/bytes") > 0.0);
+    if cfg!(unix) {
+        let [median, min, max] = ["median", "min", "max"].map(|part| at(line, &format!("/cpu_seconds/{part}")));
+        assert!(0.0 < min && min <= median && median <= max, "{line}");
+        near(at(line, "/cpu_seconds_per_token"), median / tokens, 1e-9);
+    }
+}
+
+/// What floors rest on in what `bench` said: bytes and operations a second.
+fn rates(said: &Value) -> (f64, f64) {
+    let copy = |kind: &str| at(said, &format!("/copy_gigabytes_per_second/{kind}"));
+    (copy("kernel").max(copy("driver")) * 1e9, at(said, "/matrix_flops_per_second/f32"))
+}
+
+/// A floor of a single run is the longer of its two times.
+fn check_single_run(said: &Value, floor: &Value) {
+    let (bytes, flops) = rates(said);
+    let (moving, computing) = (at(floor, "/bytes") / bytes, at(floor, "/flops") / flops);
+    near(at(floor, "/seconds"), moving.max(computing), 1e-9);
+    assert_eq!(floor["bound"], if moving >= computing { "bytes" } else { "flops" });
 }
 
 #[test]
@@ -100,6 +119,8 @@ fn the_floor_of_one_token_is_what_explain_shows() {
         (bytes + step["bytes"].as_f64().unwrap(), flops + step["flops"].as_u64().unwrap())
     });
     let floor = &said["lines"][1]["floor"];
+    check_single_run(&said, floor);
+    check_single_run(&said, &said["lines"][0]["floor"]);
     near(floor["bytes"].as_f64().unwrap(), bytes, 1e-9);
     assert_eq!(floor["flops"], flops);
 }
@@ -122,6 +143,82 @@ fn explain_counts_the_head_once() {
         } else {
             assert!(four.1 > one.1 && four.2 >= one.2, "{one:?} {four:?}");
         }
+    }
+}
+
+/// A floor is that of the plan, whether the model is run or not; without a model the device's figures are left.
+#[test]
+fn floors_need_no_run() {
+    let sizes = ["--prompt-tokens", "3,200", "--batch", "1,2", "--context", "0,9", "--decode-tokens", "5", "--json"];
+    let said = bench(&[&["--floor"], &sizes[..]].concat()).json();
+    let ran = bench(&[&["--only", "prefill,decode", "--repeat", "1"], &sizes[..]].concat()).json();
+    let (floors, lines) = (said["lines"].as_array().unwrap(), ran["lines"].as_array().unwrap());
+    assert_eq!((floors.len(), lines.len()), (8, 8));
+    for (floor, line) in floors.iter().zip(lines) {
+        for field in ["/kind", "/batch", "/prompt_tokens", "/context", "/floor/bytes", "/floor/flops"] {
+            assert_eq!(floor.pointer(field), line.pointer(field), "{field}");
+        }
+        assert!(floor["seconds"].is_null() && at(floor, "/floor/seconds") > 0.0, "{floor}");
+    }
+    let printed = bench(&["--floor", "--prompt-tokens", "3,100000", "--batch", "1", "--context", "9"]).ok().stdout;
+    for words in ["The device at most", "matrix product", "decode behind", "left out: prefill of 1 × 100000", "bound"]
+    {
+        assert!(printed.contains(words), "{words}: {printed}");
+    }
+
+    let said = moewe!["bench", "--floor", "--json"].json();
+    for number in ["/dispatch_microseconds", "/submit_and_wait_microseconds", "/matrix_flops_per_second/f32"] {
+        assert!(at(&said, number) > 0.0, "{number}: {said}");
+    }
+    assert!(said["matrix_flops_per_second"].get("cooperative").is_some() && said.get("lines").is_none());
+    assert!(moewe!["bench", "--floor"].ok().stdout.contains("chained dispatch"));
+    moewe!["bench"].refused(2, &["MODEL"]);
+    moewe!["bench", "--floor", "--repeat", "2"].refused(2, &["--repeat"]);
+    moewe!["bench", "--only", "nothing"].refused(2, &["--only"]);
+}
+
+/// Parts that are not asked for are not measured; sequences that share a beginning still read latents of their own.
+#[test]
+fn parts_are_chosen() {
+    let options = ["--batch", "3", "--context", "1,64,130,200", "--decode-tokens", "2", "--repeat", "1", "--json"];
+    let said = bench(&[&["--only", "decode"], &options[..]].concat()).json();
+    assert_eq!((lines(&said, "decode").len(), said["lines"].as_array().unwrap().len()), (4, 4));
+    assert_eq!(said["skipped"], json!([]));
+    for line in lines(&said, "decode") {
+        check_times(line, 6.0);
+    }
+    let bytes: Vec<f64> = lines(&said, "decode").iter().map(|line| at(line, "/floor/bytes")).collect();
+    assert!(bytes.windows(2).all(|pair| pair[0] < pair[1]), "{bytes:?}");
+    let said = bench(&["--only", "drafts", "--decode-tokens", "2", "--repeat", "1", "--json"]).json();
+    assert_eq!((lines(&said, "mtp").len(), said["lines"].as_array().unwrap().len()), (3, 3));
+}
+
+/// The tables in `docs/performance.md` are what the commands above them print. `UPDATE_SNAPSHOTS=1` writes them anew.
+#[test]
+fn tables_in_the_documentation_are_printed_by_moewe() {
+    let home = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let path = home.join("docs/performance.md");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let (mut fresh, mut tables) = (String::new(), 0);
+    let mut rest = text.as_str();
+    while let Some(at) = rest.find("```\n$ moewe ") {
+        let (command, behind) = rest[at + 12..].split_once('\n').unwrap();
+        let (_, behind) = behind.split_at(behind.find("```").unwrap());
+        let args = command.split(' ').map(|arg| {
+            let file = home.join(arg);
+            if file.is_file() { file.into_os_string() } else { arg.into() }
+        });
+        let said = cli::Call::new(args.collect()).ok().stdout;
+        assert!(said.contains("MLA projections"), "{said}");
+        fresh += &format!("{}```\n$ moewe {command}\n{said}", &rest[..at]);
+        (rest, tables) = (behind, tables + 1);
+    }
+    fresh += rest;
+    assert_eq!(tables, 2);
+    if std::env::var_os("UPDATE_SNAPSHOTS").is_some() {
+        std::fs::write(&path, fresh).unwrap();
+    } else {
+        assert!(fresh == text, "docs/performance.md is not what moewe prints; UPDATE_SNAPSHOTS=1 writes it anew");
     }
 }
 

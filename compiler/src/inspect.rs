@@ -2,12 +2,14 @@
 //!
 //! Pure arithmetic over [`Config`] and, where there are weights, over the tensors stored; nothing is measured.
 
+mod arithmetic;
 mod gpu;
 
 use std::collections::BTreeMap;
 
 use serde::Serialize;
 
+pub use self::arithmetic::{Amount, Bound, Pass, PassCost, Stage, arithmetic};
 pub use self::gpu::{BatchFloor, GPUS, Gpu, GpuOptions, GpuReport};
 use crate::{
     checkpoint::Checkpoint,
@@ -380,6 +382,16 @@ fn pattern(name: &str) -> String {
     out.join(".")
 }
 
+/// Bytes of a tensor and its block scales: those stored, or those that the configuration implies.
+fn tensor_bytes(config: &Config, checkpoint: Option<&Checkpoint>, tensor: &Expected) -> u64 {
+    match checkpoint {
+        Some(c) => [c.find(&tensor.name), c.scale_of(&tensor.name)].iter().flatten().map(|t| t.data.len() as u64).sum(),
+        None => implied(config, tensor)
+            .map(|(_, dtype, shape)| shape.iter().map(|d| *d as u64).product::<u64>() * dtype.bytes() as u64)
+            .sum(),
+    }
+}
+
 /// Bytes of the main model by what a token reads of them.
 struct PartBytes {
     /// Token embedding; a token reads one row.
@@ -395,14 +407,7 @@ impl PartBytes {
         let mut bytes = Self { embedding: 0, routed: 0, dense: 0 };
         let main = |t: &&Expected| t.layer.is_none_or(|l| l < config.num_hidden_layers);
         for tensor in expected.iter().filter(main) {
-            let n: u64 = match checkpoint {
-                Some(c) => {
-                    [c.find(&tensor.name), c.scale_of(&tensor.name)].iter().flatten().map(|t| t.data.len() as u64).sum()
-                }
-                None => implied(config, tensor)
-                    .map(|(_, dtype, shape)| shape.iter().map(|d| *d as u64).product::<u64>() * dtype.bytes() as u64)
-                    .sum(),
-            };
+            let n = tensor_bytes(config, checkpoint, tensor);
             match tensor.part {
                 Part::Embedding if !config.tie_word_embeddings => bytes.embedding += n,
                 Part::RoutedExperts => bytes.routed += n,

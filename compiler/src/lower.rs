@@ -449,10 +449,11 @@ impl Lowering<'_, '_> {
     ) -> Result<()> {
         let rows = self.graph.ty(y).rows;
         let (stored, n, k) = (matrices[0].2.stored, self.len(y), self.len(x));
-        let tiled = self.selector.gemm(rows, stored, n, k, flags, eps).unwrap_or_else(|| Tiled {
-            variant: self.selector.linear(stored, n, k, flags, eps),
-            rows: self.selector.rows_per_workgroup(),
-            tokens: self.selector.tile as u64,
+        let selector = self.selector.over(rows);
+        let tiled = selector.gemm(rows, stored, n, k, flags, eps).unwrap_or_else(|| Tiled {
+            variant: selector.linear(stored, n, k, flags, eps),
+            rows: selector.rows_per_workgroup(),
+            tokens: selector.tile as u64,
         });
         let shards = matrices[0].2.shards.clone();
         for (shard, &(first, count)) in shards.iter().enumerate() {

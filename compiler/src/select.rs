@@ -7,7 +7,7 @@ use moewe_plan::{FINISHED_STEPS, LOGPROB_TOP, Latent, PAGE_TOKENS, Precision, We
 use moewe_shaders::{BLOCK, Reduce, Variant};
 
 use crate::config::{Scoring, TopkMethod};
-use crate::graph::{Asked, Mla, RouterRule, top_tokens as top_count};
+use crate::graph::{Asked, Mla, RouterRule, Rows, top_tokens as top_count};
 use crate::profile::{Gemm, Profile};
 
 pub use gemm::{Tiled, experts_sort, experts_sum};
@@ -57,9 +57,20 @@ impl Selector<'_> {
         u64::from(self.profile.workgroup / self.profile.lanes)
     }
 
-    /// Rows of a matrix that each of them goes through. Where tokens share rows, an invocation has enough to hold.
+    /// Rows of a matrix that each of them goes through. Where many tokens share rows, an invocation has enough to hold.
     fn rows(&self) -> usize {
-        if self.tile == 1 { self.profile.rows as usize } else { 1 }
+        match self.tile {
+            1 => self.profile.rows as usize,
+            2 => self.profile.rows.div_ceil(2) as usize,
+            _ => 1,
+        }
+    }
+
+    /// The same for products over wanted rows. A prompt wants one row; where arithmetic is dear, it is not done for eight.
+    #[must_use]
+    pub fn over(self, rows: Rows) -> Self {
+        let fewer = rows == Rows::Wanted && self.profile.pool_inputs;
+        Self { tile: if fewer { self.tile.min(2) } else { self.tile }, ..self }
     }
 
     /// Rows of a matrix that a workgroup computes.

@@ -6,7 +6,10 @@ use moewe_compiler::{
     checkpoint::Checkpoint,
     config::Config,
     error::Error,
-    inspect::{CacheShape, GPUS, Gpu, GpuOptions, Options, Report, inspect, parameters},
+    inspect::{
+        Bound, CacheShape, GPUS, Gpu, GpuOptions, Options, Pass, PassCost, Report, Stage, arithmetic, inspect,
+        parameters,
+    },
     synth::{PRESETS, Shape},
 };
 use serde_json::Value;
@@ -174,4 +177,58 @@ fn options_are_checked() {
     for options in bad {
         assert!(matches!(inspect(&preset("v2"), None, &options), Err(Error::Argument { .. })), "{options:?}");
     }
+}
+
+// ---- passes by part
+
+/// V3 on an H100, against sums made by hand.
+#[test]
+fn parts_of_a_pass() {
+    let (config, gpu) = (preset("v3"), Gpu::named("h100").unwrap());
+    let passes = [Pass::decode(1, 4095), Pass::decode(64, 4095), Pass::prefill(4096)];
+    let [one, many, prompt] = &arithmetic(&config, None, 16.0, gpu, &passes)[..] else { unreachable!() };
+    let of = |cost: &PassCost, stage: Stage| cost.parts.iter().find(|part| part.0 == stage).unwrap().1;
+
+    // A token is multiplied with the active parameters but norms and router biases, and attends to 4096 latents.
+    let pair = 2.0 * 61.0 * 128.0 * (576.0 + 512.0);
+    let active = parameters(&config);
+    let vectors: u64 = 61 * (2 * 7168 + 1536 + 512) + 58 * 256 + 7168;
+    close(one.total.flops, 2.0 * (active.active - vectors) as f64 + 4096.0 * pair);
+    close(of(one, Stage::LatentCache).flops, 4096.0 * pair);
+    close(of(one, Stage::LatentCache).bytes, 4097.0 * 61.0 * 576.0 * 2.0);
+    close(of(one, Stage::Head).flops, 2.0 * 129_280.0 * 7168.0);
+    close(of(one, Stage::Embedding).bytes, 7168.0 * 2.0);
+    // 8 of 256 experts, a byte a number and four for each block of 128².
+    let expert = 3.0 * 7168.0 * 2048.0;
+    close(of(one, Stage::RoutedExperts).bytes, 58.0 * 8.0 * expert * (1.0 + 4.0 / 16384.0));
+    close(of(one, Stage::RoutedExperts).flops, 58.0 * 8.0 * expert * 2.0);
+    close(one.total.bytes, one.parts.iter().map(|part| part.1.bytes).sum());
+
+    // 64 tokens compute 64 times as much, and share weights.
+    close(many.total.flops, 64.0 * one.total.flops);
+    close(many.distinct_experts, 256.0 * (1.0 - (1.0 - 8.0 / 256.0_f64).powi(64)));
+    close(of(many, Stage::MlaProjections).bytes, of(one, Stage::MlaProjections).bytes);
+    close(of(many, Stage::LatentCache).bytes, 64.0 * of(one, Stage::LatentCache).bytes);
+    assert!(many.distinct_experts < 256.0 && many.distinct_experts > 8.0);
+
+    // A prompt's tokens attend to half of it in the mean, and only its last one has logits.
+    close(of(prompt, Stage::LatentCache).flops, 4096.0 * 4097.0 / 2.0 * pair);
+    close(of(prompt, Stage::Head).flops, of(one, Stage::Head).flops);
+    // Each routed expert serves one of 32 tokens, a shared one all.
+    assert_eq!(of(prompt, Stage::RoutedExperts).bound, Bound::Bytes);
+    assert_eq!(of(prompt, Stage::SharedExperts).bound, Bound::Flops);
+    assert_eq!((one.total.bound, prompt.total.bound), (Bound::Bytes, Bound::Flops));
+    close(one.total.seconds, one.total.bytes / 3.35e12);
+    close(prompt.total.seconds, prompt.total.flops / 989e12);
+}
+
+/// A tied head is read in full although a token's embedding is a row of the same tensor.
+#[test]
+fn a_tied_head_is_read_and_a_model_without_experts_has_none() {
+    let scale = ["tie_word_embeddings=true", "n_routed_experts=null", "num_experts_per_tok=null"];
+    let shape = Shape::new("v2-lite", &scale, None).unwrap();
+    let cost = &arithmetic(&shape.config, None, 16.0, Gpu::named("h100").unwrap(), &[Pass::decode(1, 0)])[0];
+    let head = cost.parts.iter().find(|part| part.0 == Stage::Head).unwrap().1;
+    close(head.flops, 2.0 * 102_400.0 * 2048.0);
+    assert!(cost.parts.iter().all(|part| part.0 != Stage::RoutedExperts));
 }

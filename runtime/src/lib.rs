@@ -35,7 +35,7 @@ pub use decode::MAX_BURST;
 pub use device::{AdapterInfo, DeviceType, Gpu, Handles, Selector, list};
 pub use error::{Error, Result};
 pub use generate::{GenerateOptions, Generated, StopReason, Timing, continue_sequence, generate};
-pub use measure::{Bandwidth, copy_bandwidth, dispatch_cost, submit_latency};
+pub use measure::{Bandwidth, MatrixRates, copy_bandwidth, dispatch_cost, matrix_rates, submit_latency};
 pub use model::{Model, Progress};
 pub use pages::Page;
 pub use ring::FrameReceiver;

@@ -1,4 +1,6 @@
-//! What a device can do at most: copies, dispatches, submissions.
+//! What a device can do at most: copies, dispatches, submissions, matrix products.
+
+mod matrix;
 
 use std::time::Instant;
 
@@ -8,6 +10,8 @@ use wgpu::BufferUsages;
 use crate::memory::Buffer;
 use crate::pipelines::{self, Pipeline};
 use crate::{DeviceType, Gpu, Result};
+
+pub use matrix::{MatrixRates, matrix_rates};
 
 /// Bytes a second, read and written ones counted.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -79,12 +83,18 @@ fn fastest(gpu: &Gpu, times: u32, record: &dyn Fn(&mut wgpu::CommandEncoder)) ->
     Ok(best)
 }
 
-fn dispatch(encoder: &mut wgpu::CommandEncoder, pipeline: &Pipeline, group: &wgpu::BindGroup, grid: u32, times: u32) {
+fn dispatch(
+    encoder: &mut wgpu::CommandEncoder,
+    pipeline: &Pipeline,
+    group: &wgpu::BindGroup,
+    grid: [u32; 2],
+    times: u32,
+) {
     let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
     pass.set_pipeline(&pipeline.pipeline);
     pass.set_bind_group(0, group, &[]);
     for _ in 0..times {
-        pass.dispatch_workgroups(grid, 1, 1);
+        pass.dispatch_workgroups(grid[0], grid[1], 1);
     }
 }
 
@@ -99,7 +109,7 @@ pub fn copy_bandwidth(gpu: &Gpu) -> Result<Bandwidth> {
     let group = bind(gpu, &pipeline, &[&source, &target])?;
     let grid = (bytes / 16).div_ceil(256).min(16384) as u32;
     let moved = 2.0 * bytes as f64 / 1e9;
-    let kernel = fastest(gpu, 5, &|encoder| dispatch(encoder, &pipeline, &group, grid, 1))?;
+    let kernel = fastest(gpu, 5, &|encoder| dispatch(encoder, &pipeline, &group, [grid, 1], 1))?;
     let copy = fastest(gpu, 5, &|encoder| encoder.copy_buffer_to_buffer(&source.raw, 0, &target.raw, 0, bytes))?;
     Ok(Bandwidth { bytes, kernel: moved / kernel, copy: moved / copy })
 }
@@ -109,7 +119,7 @@ pub fn dispatch_cost(gpu: &Gpu) -> Result<f64> {
     let counter = gpu.buffer("measure counter", 16, STORAGE)?;
     let pipeline = pipeline(gpu, "count", COUNT, &[Access::ReadWrite])?;
     let group = bind(gpu, &pipeline, &[&counter])?;
-    let seconds = |times: u32| fastest(gpu, 5, &|encoder| dispatch(encoder, &pipeline, &group, 1, times));
+    let seconds = |times: u32| fastest(gpu, 5, &|encoder| dispatch(encoder, &pipeline, &group, [1, 1], times));
     let (few, many) = (100, 1100);
     Ok((seconds(many)? - seconds(few)?).max(0.0) * 1e6 / f64::from(many - few))
 }
@@ -119,5 +129,5 @@ pub fn submit_latency(gpu: &Gpu) -> Result<f64> {
     let counter = gpu.buffer("measure counter", 16, STORAGE)?;
     let pipeline = pipeline(gpu, "count", COUNT, &[Access::ReadWrite])?;
     let group = bind(gpu, &pipeline, &[&counter])?;
-    Ok(fastest(gpu, 30, &|encoder| dispatch(encoder, &pipeline, &group, 1, 1))? * 1e6)
+    Ok(fastest(gpu, 30, &|encoder| dispatch(encoder, &pipeline, &group, [1, 1], 1))? * 1e6)
 }

@@ -269,6 +269,13 @@ fn the_device_can_be_measured() {
     let bandwidth = moewe_runtime::copy_bandwidth(&gpu).unwrap();
     let dispatch = moewe_runtime::dispatch_cost(&gpu).unwrap();
     let submit = moewe_runtime::submit_latency(&gpu).unwrap();
-    println!("{bandwidth:?}, {dispatch} µs a dispatch, {submit} µs a submission");
+    let started = std::time::Instant::now();
+    let rates = moewe_runtime::matrix_rates(&gpu).unwrap();
+    println!("{bandwidth:?}, {dispatch} µs a dispatch, {submit} µs a submission, {rates:?}, {:?}", started.elapsed());
     assert!(bandwidth.kernel > 0.0 && bandwidth.copy > 0.0 && submit > 0.0);
+    // No device multiplies slower than one number after another, or faster than all that were ever built.
+    for rate in [Some(rates.f32), rates.f16, rates.cooperative].into_iter().flatten() {
+        assert!((1e8..1e16).contains(&rate) && rate <= rates.best(), "{rates:?}");
+    }
+    assert_eq!(rates.f16.is_some(), gpu.info().shader_f16);
 }

@@ -14,7 +14,7 @@ mod usage;
 mod watch;
 
 pub use engine::EngineArgs;
-pub use eval::{BenchArgs, BenchCommand, EvalArgs, EvalCommand, KlArgs, PerplexityArgs, TextArgs};
+pub use eval::{BenchArgs, BenchCommand, BenchPart, EvalArgs, EvalCommand, KlArgs, PerplexityArgs, TextArgs};
 pub use load::LoadArgs;
 pub use quantize::QuantizeArgs;
 pub use serve::{LogArgs, ServeArgs};
@@ -69,7 +69,7 @@ pub enum Command {
     Explain(ExplainArgs),
     /// Measure how well a model predicts a text, or how two models differ
     Eval(EvalArgs),
-    /// Measure speed, beside what the device's memory allows
+    /// Measure speed, beside what the device allows
     Bench(BenchArgs),
     /// Show what requests to a server used and cost
     Usage(UsageArgs),
@@ -406,6 +406,11 @@ pub struct InspectArgs {
     /// Tokens of context that each sequence holds, for --gpu [default: 4096, at most the model's]
     #[arg(long, value_name = "N", requires = "gpu", value_parser = clap::value_parser!(u32).range(1..))]
     pub context: Option<u32>,
+
+    /// Show instead what a pass reads and computes by part of the model, and which of the two bounds it on --gpu: decode of 1,
+    /// 8 and 64 sequences, prompts of 512 and 4096 tokens
+    #[arg(long, requires = "gpu", conflicts_with = "price_per_gpu_hour")]
+    pub parts: bool,
 
     /// Bits of a number in the latent cache
     #[arg(long, value_name = "BITS", default_value_t = 16.0, allow_negative_numbers = true)]

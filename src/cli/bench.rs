@@ -9,24 +9,31 @@ mod serve;
 
 use std::sync::Arc;
 
-use moewe_plan::{Precision, Program, ProgramKind};
-use moewe_runtime::engine::{Finished, Mtp, Stream};
-use moewe_runtime::{Bandwidth, DeviceType, Error, Model, copy_bandwidth};
+use moewe_plan::{Plan, Precision, Program, ProgramKind};
+use moewe_runtime::engine::{Event, Finished, Mtp, Stream};
+use moewe_runtime::{AdapterInfo, DeviceType, Error, Model};
 use serde_json::{Value, json};
 
-use super::args::{BenchArgs, BenchCommand};
+use super::args::{BenchArgs, BenchCommand, BenchPart};
 use super::served::draft_modules;
+use super::speed::Speed;
 use super::{interrupt, model, output, usage};
-use floor::{Floor, Machine};
-use measure::Spread;
+use floor::{Floor, Machine, Rates};
+use measure::{Clock, Spread, Times};
+
+/// What is to be measured, and in which sizes.
+#[derive(Clone, Copy)]
+struct Sizes<'a> {
+    args: &'a BenchArgs,
+    /// Whether the device is a software driver: it is to be done within a minute, too.
+    is_slow: bool,
+}
 
 /// What all parts measure with.
 struct Setup<'a> {
-    args: &'a BenchArgs,
+    sizes: Sizes<'a>,
     model: &'a Arc<Model>,
     machine: Machine<'a>,
-    /// Whether the device is a software driver: it is to be done within a minute, too.
-    is_slow: bool,
 }
 
 /// What a part of the measurements brought.
@@ -52,30 +59,53 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
     if let Some(BenchCommand::Serve(load)) = &args.command {
         return serve::run(load);
     }
+    if args.floor && args.model.path().as_os_str().is_empty() {
+        return device_floors(args);
+    }
     let Some(opened) = model::open(&args.model)? else { return Ok(()) };
-    let modes = modes(args, draft_modules(opened.plan()))?;
-    let bandwidth = copy_bandwidth(opened.gpu())?;
+    let sizes = Sizes { args, is_slow: opened.gpu().info().device_type == DeviceType::Cpu };
+    let speed = Speed::measure(opened.gpu())?;
+    let head = Head { args, opened: &opened, speed: &speed };
+    if args.floor {
+        return head.write(&[plain::floors(&sizes, &machine(args, opened.plan(), &speed))]);
+    }
+    let mut modes = modes(args, draft_modules(opened.plan()))?;
+    if !sizes.has(BenchPart::Drafts) {
+        modes.clear();
+    }
     let mut kinds = vec![ProgramKind::Forward];
     if modes.iter().any(|mode| *mode != Mtp::Off) {
         kinds.extend((1..=draft_modules(opened.plan())).map(|module| ProgramKind::Draft { module }));
     }
     let model = opened.load(&kinds)?;
-    let plan = model.plan();
+    let setup = Setup { sizes, model: &model, machine: machine(args, model.plan(), &speed) };
+    // Each part frees the sessions of the one before.
+    head.write(&[plain::measure(&setup)?, drafts::measure(&setup, &modes)?, prefix::measure(&setup)?])
+}
+
+/// `--floor` without a model: what the device can do at most.
+fn device_floors(args: &BenchArgs) -> anyhow::Result<()> {
+    let Some(gpu) = model::open_device(&args.model.device)? else { return Ok(()) };
+    let speed = Speed::measure(&gpu)?;
+    let info = gpu.info();
+    if args.json {
+        let mut value = json!({ "date": date_json(), "device": device_json(info) });
+        speed.add_to(&mut value);
+        return output::json(&value);
+    }
+    let head = format!("{} ({}, {} {})\n", info.name, info.device_type.name(), info.driver, info.driver_info);
+    Ok(output::write(&(head + &speed.text()))?)
+}
+
+/// What floors of a plan's lines depend on.
+fn machine<'a>(args: &BenchArgs, plan: &'a Plan, speed: &Speed) -> Machine<'a> {
     let precision = Precision::from(args.model.precision);
     let programs: Vec<&Program> = plan.programs.iter().filter(|p| p.precision == precision).collect();
     let chunk = programs.iter().filter(|p| p.kind == ProgramKind::Forward).map(|p| p.max_tokens).max().unwrap_or(1);
     let chunk = args.model.prefill_chunk.map_or(chunk, |limit| chunk.min(limit)).into();
-    let machine = Machine { plan, programs, chunk, bytes_per_second: fastest(&bandwidth) };
-    let is_slow = opened.gpu().info().device_type == DeviceType::Cpu;
-    let setup = Setup { args, model: &model, machine, is_slow };
-    // Each part frees the sessions of the one before.
-    let parts = [plain::measure(&setup)?, drafts::measure(&setup, &modes)?, prefix::measure(&setup)?];
-    let head = Head { args, opened: &opened, bandwidth };
-    if args.json {
-        return output::json(&head.json(&parts));
-    }
-    let tables: String = parts.iter().map(|part| part.text.as_str()).collect();
-    Ok(output::write(&(head.text() + &tables + &notes(&parts)))?)
+    let rates =
+        Rates { bytes_per_second: speed.bytes_per_second(), flops_per_second: speed.flops_per_second(precision) };
+    Machine { plan, programs, chunk, rates }
 }
 
 /// How single streams are to draft, for a model with so many modules that can.
@@ -90,14 +120,14 @@ fn modes(args: &BenchArgs, modules: u32) -> anyhow::Result<Vec<Mtp>> {
     Ok(args.mtp.clone())
 }
 
-/// Bytes a second of the faster kind of copy: a floor must not be too high.
-fn fastest(bandwidth: &Bandwidth) -> f64 {
-    bandwidth.kernel.max(bandwidth.copy) * 1e9
-}
+impl Sizes<'_> {
+    /// Whether a part is to be measured.
+    fn has(&self, part: BenchPart) -> bool {
+        self.args.only.is_empty() || self.args.only.contains(&part)
+    }
 
-impl Setup<'_> {
     /// The sizes that were asked for, or those that suit the device.
-    fn sizes(&self, said: &[u32], fast: &[u32], slow: &[u32]) -> Vec<u32> {
+    fn choose(&self, said: &[u32], fast: &[u32], slow: &[u32]) -> Vec<u32> {
         match (said, self.is_slow) {
             ([], true) => slow.to_vec(),
             ([], false) => fast.to_vec(),
@@ -107,11 +137,23 @@ impl Setup<'_> {
 
     /// Tokens of prompts.
     fn prompts(&self) -> Vec<u32> {
-        self.sizes(&self.args.prompt_tokens, &[128, 512], &[64, 256])
+        self.choose(&self.args.prompt_tokens, &[128, 512], &[64, 256])
     }
 
+    /// Sequences at once.
+    fn batches(&self) -> Vec<u32> {
+        self.choose(&self.args.batch, &[1, 4, 16], &[1, 4])
+    }
+
+    /// Tokens in the cache when decoding begins.
+    fn contexts(&self) -> Vec<u32> {
+        self.choose(&self.args.context, &[0, 1024], &[0, 256])
+    }
+}
+
+impl Setup<'_> {
     fn precision(&self) -> Precision {
-        self.args.model.precision.into()
+        self.sizes.args.model.precision.into()
     }
 
     /// The most positions that a sequence has.
@@ -120,12 +162,32 @@ impl Setup<'_> {
     }
 }
 
+/// A request that came to its end.
+struct Done {
+    tokens: Vec<u32>,
+    finished: Finished,
+    /// Seconds of processors from its first tokens to its end, where the system tells.
+    decode_cpu: Option<f64>,
+}
+
 /// Waits for a request; `None` if Ctrl-C came first.
-fn wait(stream: Stream) -> anyhow::Result<Option<(Vec<u32>, Finished)>> {
-    match stream.finish() {
-        Ok(done) => Ok((!interrupt::is_set()).then_some(done)),
-        Err(error) if matches!(*error, Error::Interrupted) => Ok(None),
-        Err(error) => Err(error.into()),
+fn wait(mut stream: Stream) -> anyhow::Result<Option<Done>> {
+    let (mut tokens, mut decode) = (Vec::new(), None);
+    loop {
+        match stream.recv() {
+            Some(Event::Began { .. }) => {}
+            Some(Event::Tokens(more)) => {
+                decode.get_or_insert_with(Clock::start);
+                tokens.extend(more.ids);
+            }
+            Some(Event::Finished(finished)) => {
+                let decode_cpu = decode.and_then(|clock| clock.stop().cpu);
+                return Ok((!interrupt::is_set()).then_some(Done { tokens, finished: *finished, decode_cpu }));
+            }
+            Some(Event::Failed(error)) if matches!(*error, Error::Interrupted) => return Ok(None),
+            Some(Event::Failed(error)) => return Err(error.into()),
+            None => return Err(Error::EngineStopped.into()),
+        }
     }
 }
 
@@ -133,11 +195,11 @@ fn wait(stream: Stream) -> anyhow::Result<Option<(Vec<u32>, Finished)>> {
 struct Head<'a> {
     args: &'a BenchArgs,
     opened: &'a model::Opened,
-    bandwidth: Bandwidth,
+    speed: &'a Speed,
 }
 
 /// What floors assume.
-const ASSUMPTIONS: [&str; 7] = [
+const ASSUMPTIONS: [&str; 8] = [
     "a run reads each weight once and each sequence's latents once, and its steps hand activations on through memory",
     "what stays in a processor's caches need not move: a model that fits them can pass its floor",
     "T tokens choose k of E experts evenly and independently, so a layer reads E * (1 - (1 - k/E)^T), at most min(T * k, E)",
@@ -145,10 +207,19 @@ const ASSUMPTIONS: [&str; 7] = [
      each draft that has no module of its own, and the head each time",
     "pages of latents that are copied, or loaded from disk, are read and written once; shared ones do not move",
     "copy speed counts bytes read and written, and is that of the faster of kernel and driver",
-    "arithmetic, dispatches, submissions and files cost nothing",
+    "operations are as fast as in the device's fastest product of large matrices: in f32 where the precision is exact",
+    "moving and computing overlap; dispatches, submissions and files cost nothing",
 ];
 
 impl Head<'_> {
+    fn write(&self, parts: &[Part]) -> anyhow::Result<()> {
+        if self.args.json {
+            return output::json(&self.json(parts));
+        }
+        let tables: String = parts.iter().map(|part| part.text.as_str()).collect();
+        Ok(output::write(&(self.text() + &tables + &notes(parts)))?)
+    }
+
     fn text(&self) -> String {
         let (info, plan) = (self.opened.gpu().info(), self.opened.plan());
         let mut out = format!(
@@ -164,11 +235,14 @@ impl Head<'_> {
             env!("CARGO_PKG_VERSION"),
             jiff::Timestamp::now().strftime("%F %T UTC"),
         );
-        out += &format!(
-            "median of {} (lowest – highest); copies: {:.1} GB/s by a kernel, {:.1} by the driver\n",
-            self.args.repeat, self.bandwidth.kernel, self.bandwidth.copy
-        );
-        out += "\nFloor: bytes that must move / copy speed. It assumes:\n";
+        if !self.args.floor {
+            out += &format!(
+                "median of {} (lowest – highest); CPU ms: time of processors for each token\n",
+                self.args.repeat
+            );
+        }
+        out += &format!("\nThe device at most\n{}", self.speed.text());
+        out += "\nFloor of each run: the longer of bytes that must move / copy speed and operations / matrix rate. It assumes:\n";
         for assumption in ASSUMPTIONS {
             out += &format!("  - {assumption}\n");
         }
@@ -183,27 +257,36 @@ impl Head<'_> {
             value
         });
         let assumptions = ASSUMPTIONS.map(|text| text.split_whitespace().collect::<Vec<_>>().join(" "));
-        json!({
+        let mut value = json!({
             "model": self.args.model.path(),
-            "date": jiff::Timestamp::now().strftime("%FT%TZ").to_string(),
+            "date": date_json(),
             "complete": !interrupt::is_set(),
-            "device": {
-                "name": info.name,
-                "type": info.device_type.name(),
-                "driver": info.driver,
-                "driver_info": info.driver_info,
-            },
+            "device": device_json(info),
             "versions": { "moewe": env!("CARGO_PKG_VERSION"), "bundle": plan.generator },
             "target": plan.requirements.profile,
             "precision": Precision::from(self.args.model.precision).name(),
-            "copy_gigabytes_per_second": { "kernel": self.bandwidth.kernel, "driver": self.bandwidth.copy },
             "assumptions": assumptions,
             "repeat": self.args.repeat,
             "seed": self.args.seed,
             "lines": parts.iter().flat_map(|part| &part.lines).collect::<Vec<_>>(),
             "skipped": skipped.collect::<Vec<_>>(),
-        })
+        });
+        self.speed.add_to(&mut value);
+        value
     }
+}
+
+fn date_json() -> String {
+    jiff::Timestamp::now().strftime("%FT%TZ").to_string()
+}
+
+fn device_json(info: &AdapterInfo) -> Value {
+    json!({
+        "name": info.name,
+        "type": info.device_type.name(),
+        "driver": info.driver,
+        "driver_info": info.driver_info,
+    })
 }
 
 /// A table with a title, or nothing.
@@ -212,16 +295,24 @@ fn titled(title: &str, table: &comfy_table::Table) -> String {
 }
 
 /// What all lines say for scripts: the time for so many tokens, beside its floor.
-fn timed_json(line: &mut Value, seconds: Spread, tokens: u64, floor: Floor) {
-    line["seconds"] = seconds.json();
-    line["tokens_per_second"] = seconds.rates(tokens).json();
-    line["floor"] = json!({
+fn timed_json(line: &mut Value, times: &Times, tokens: u64, floor: Floor) {
+    line["seconds"] = times.seconds.json();
+    line["tokens_per_second"] = times.seconds.rates(tokens).json();
+    line["cpu_seconds"] = times.cpu.map_or(Value::Null, Spread::json);
+    line["cpu_seconds_per_token"] = json!(times.cpu.map(|cpu| cpu.median / tokens as f64));
+    line["floor"] = floor_json(floor, tokens);
+    line["share_of_floor"] = json!(floor.seconds / times.seconds.median);
+}
+
+/// The floor of so many tokens, for scripts.
+fn floor_json(floor: Floor, tokens: u64) -> Value {
+    json!({
         "bytes": floor.bytes,
         "flops": floor.flops,
         "seconds": floor.seconds,
         "tokens_per_second": tokens as f64 / floor.seconds,
-    });
-    line["share_of_floor"] = json!(floor.seconds / seconds.median);
+        "bound": floor.bound().name(),
+    })
 }
 
 fn notes(parts: &[Part]) -> String {

@@ -1,10 +1,11 @@
 //! `moewe doctor`.
 
 use moewe_compiler::profile::Profile;
-use moewe_runtime::{AdapterInfo, Gpu, Selector, copy_bandwidth, dispatch_cost, submit_latency};
+use moewe_runtime::{AdapterInfo, Gpu, Selector};
 use serde_json::{Value, json};
 
 use super::args::DoctorArgs;
+use super::speed::Speed;
 use super::{model, output};
 
 /// Shows devices, limits and speed.
@@ -16,18 +17,15 @@ pub fn run(args: &DoctorArgs) -> anyhow::Result<()> {
     let Some(gpu) = model::open_device(&args.device)? else { return Ok(()) };
     let info = gpu.info();
     let profile = Profile::load(model::profile_for(info))?;
-    let bandwidth = copy_bandwidth(&gpu)?;
-    let dispatch = dispatch_cost(&gpu)?;
-    let submit = submit_latency(&gpu)?;
+    let speed = Speed::measure(&gpu)?;
     if args.json {
-        return output::json(&json!({
+        let mut value = json!({
             "devices": adapters.iter().map(as_json).collect::<Vec<_>>(),
             "chosen": info.index,
             "target": profile.name,
-            "copy_gigabytes_per_second": { "kernel": bandwidth.kernel, "driver": bandwidth.copy },
-            "dispatch_microseconds": dispatch,
-            "submit_and_wait_microseconds": submit,
-        }));
+        });
+        speed.add_to(&mut value);
+        return output::json(&value);
     }
     let mut out = String::from("Vulkan devices\n");
     for adapter in &adapters {
@@ -63,14 +61,7 @@ pub fn run(args: &DoctorArgs) -> anyhow::Result<()> {
     out += &format!("  f16 arithmetic         {} (not needed)\n", yes_no(info.shader_f16));
     out += &format!("  timestamps             {}\n", yes_no(info.timestamps));
     out += "\nMeasured\n";
-    out += &format!(
-        "  copy, read and written {:.1} GB/s by a kernel, {:.1} GB/s by the driver ({} buffers)\n",
-        bandwidth.kernel,
-        bandwidth.copy,
-        output::bytes(bandwidth.bytes as f64)
-    );
-    out += &format!("  chained dispatch       {dispatch:.1} µs\n");
-    out += &format!("  submit and wait        {submit:.0} µs\n");
+    out += &speed.text();
     out += &format!("\nA checkpoint would be compiled for {}: {}.\n", profile.name, profile.description);
     Ok(output::write(&out)?)
 }

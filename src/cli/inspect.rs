@@ -1,7 +1,10 @@
 //! `moewe inspect`.
 
 use moewe_compiler::checkpoint::Checkpoint;
-use moewe_compiler::inspect::{Gpu, GpuOptions, Options, Report, inspect};
+use moewe_compiler::config::Config;
+use moewe_compiler::inspect::{
+    Amount, Bound, Gpu, GpuOptions, Options, Pass, PassCost, Report, Stage, arithmetic, inspect,
+};
 use serde_json::json;
 
 use super::args::InspectArgs;
@@ -23,11 +26,81 @@ pub fn run(args: &InspectArgs) -> anyhow::Result<()> {
         }
     };
     let options = Options { cache_bits: args.cache_bits, gpu, ..Options::default() };
+    if let (true, Some(gpu)) = (args.parts, &options.gpu) {
+        return parts(&checkpoint, &options, gpu, args.json);
+    }
     let report = inspect(checkpoint.config(), Some(&checkpoint), &options)?;
     if args.json {
         return output::json(&json!(report));
     }
     Ok(output::write(&text(&report))?)
+}
+
+/// Batches of decode and prompts whose passes are shown by part.
+const BATCHES: [u64; 3] = [1, 8, 64];
+const PROMPTS: [u64; 2] = [512, 4096];
+
+/// `--parts`.
+fn parts(checkpoint: &Checkpoint, options: &Options, gpu: &GpuOptions, as_json: bool) -> anyhow::Result<()> {
+    let config = checkpoint.config();
+    // Refuses options that make no sense, and tensors that do not fit.
+    inspect(config, Some(checkpoint), options)?;
+    let decode = BATCHES.map(|batch| (format!("decode {batch}"), Pass::decode(batch, gpu.context as u64)));
+    let prefill = PROMPTS.map(|tokens| (format!("prefill {tokens}"), Pass::prefill(tokens)));
+    let (names, passes): (Vec<String>, Vec<Pass>) = decode.into_iter().chain(prefill).unzip();
+    let costs = arithmetic(config, Some(checkpoint), options.cache_bits, &gpu.gpu, &passes);
+    if as_json {
+        return output::json(&json!({
+            "gpu": gpu.gpu,
+            "context": gpu.context,
+            "cache_bits": options.cache_bits,
+            "passes": costs,
+        }));
+    }
+    Ok(output::write(&parts_text(config, options, gpu, &names, &costs))?)
+}
+
+fn parts_text(config: &Config, options: &Options, gpu: &GpuOptions, names: &[String], costs: &[PassCost]) -> String {
+    let header: Vec<&str> = std::iter::once("").chain(names.iter().map(String::as_str)).collect();
+    let table = |cell: &dyn Fn(&PassCost, &Amount) -> String| {
+        let mut table = output::table(&header);
+        let of = |cost: &PassCost, stage| cost.parts.iter().find(|part| part.0 == stage).map(|part| part.1);
+        for stage in Stage::ALL {
+            let amounts: Option<Vec<Amount>> = costs.iter().map(|cost| of(cost, stage)).collect();
+            let Some(amounts) = amounts else { continue };
+            let cells = costs.iter().zip(&amounts).map(|(cost, amount)| cell(cost, amount));
+            table.add_row(std::iter::once(stage.name().to_owned()).chain(cells));
+        }
+        let cells = costs.iter().map(|cost| cell(cost, &cost.total));
+        table.add_row(std::iter::once("all".to_owned()).chain(cells));
+        table
+    };
+    let bytes = table(&|cost, amount| output::bytes(amount.bytes / cost.pass.tokens as f64));
+    let flops = table(&|cost, amount| output::count(amount.flops / cost.pass.tokens as f64));
+    let times = table(&|_, amount| {
+        let bound = match amount.bound {
+            Bound::Bytes => "bytes",
+            Bound::Flops => "flops",
+        };
+        format!("{:.3} {bound}", amount.seconds * 1e3)
+    });
+    let experts: Vec<String> = costs.iter().map(|cost| format!("{:.1}", cost.distinct_experts)).collect();
+    let text = format!(
+        "{:?}, {} layers, decode behind {} tokens, latents of {} bits; distinct experts of {} read in a layer: {}\n\n\
+         Bytes a token\n{bytes}\n\nFlops a token\n{flops}\n\n\
+         Milliseconds of a pass at {} TB/s and {} TFLOP/s ({}), and what bounds them\n{times}\n",
+        config.family,
+        config.num_hidden_layers,
+        gpu.context,
+        options.cache_bits,
+        config.n_routed_experts,
+        experts.join(", "),
+        gpu.gpu.bandwidth / 1e12,
+        gpu.gpu.flops / 1e12,
+        gpu.gpu.name,
+    );
+    // Tables pad their last column.
+    text.lines().map(|line| line.trim_end().to_owned() + "\n").collect()
 }
 
 fn text(report: &Report) -> String {

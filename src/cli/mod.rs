@@ -21,6 +21,7 @@ mod quantize;
 mod run;
 mod serve;
 mod served;
+mod speed;
 mod synth;
 mod trace;
 mod usage;

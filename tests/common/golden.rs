@@ -68,7 +68,14 @@ pub fn gpu() -> Arc<Gpu> {
 
 /// Weights as they are, copied.
 pub fn options(profile: Profile) -> Options {
-    Options { profile, weights: None, reference: false, plan_only: false, latents: moewe_plan::Latent::F16, taps: TapChoice::all() }
+    Options {
+        profile,
+        weights: None,
+        reference: false,
+        plan_only: false,
+        latents: moewe_plan::Latent::F16,
+        taps: TapChoice::all(),
+    }
 }
 
 pub fn profile(name: &str) -> Profile {

@@ -22,7 +22,7 @@ const fn tolerance(kernel: &'static str, bound: f64, reason: &'static str) -> To
 }
 
 /// An f32 operation is off by at most 6e-8.
-pub const TOLERANCES: [Tolerance; 20] = [
+pub const TOLERANCES: [Tolerance; 21] = [
     tolerance("absorb_output", 1e-6, "sums of up to 520 products, in four or more partial sums"),
     tolerance("absorb_query", 1e-6, "sums of up to 128 products, one after the other; angles from two f32 factors"),
     tolerance("accept", 0.0, "integers"),
@@ -41,6 +41,7 @@ pub const TOLERANCES: [Tolerance; 20] = [
     tolerance("propose", 0.0, "integers"),
     tolerance("rms_norm", 1e-6, "a sum in at least 64 parts, a root and two products"),
     tolerance("router", 2e-6, "an exponential and a sum over all or the chosen experts"),
+    tolerance("router_product", 2e-6, "logits as linear's; the choice is the router's for them"),
     tolerance("sample", 0.0, "integers; draws whose lead is less than an error of the times are not compared"),
     tolerance("top_tokens", 2e-6, "exponentials of differences, a sum over the vocabulary and its logarithm"),
 ];

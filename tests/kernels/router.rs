@@ -319,7 +319,7 @@ fn products_are_judged_where_they_are_made() {
             let normed = ops::rms_norm(&f64s(&x), &f64s(&norm), 1e-6);
             let numbers = w.numbers();
             let (want, size) = (ops::linear(&normed, &numbers, None, width), product_size(&normed, &numbers, width));
-            assert_agrees("linear", &what, &logits, &want, &size);
+            assert_agrees("router_product", &what, &logits, &want, &size);
             // The choice is that of the other kernel for these logits.
             let (ids, weights) = without_shared(&outputs, k, experts);
             assert_eq!((ids, weights), run(&params, &logits, experts, Some(&bias)), "{what}");

@@ -17,27 +17,30 @@ pub struct Gpu {
     pub memory_bytes: u64,
     /// Peak memory bandwidth in bytes per second.
     pub bandwidth: f64,
+    /// Peak operations per second of dense matrices of f16, summed in f32.
+    pub flops: f64,
 }
 
-const fn gpu(name: &'static str, gigabytes: u64, terabytes_per_second: f64) -> Gpu {
-    Gpu { name, memory_bytes: gigabytes * 1_000_000_000, bandwidth: terabytes_per_second * 1e12 }
+const fn gpu(name: &'static str, gigabytes: u64, terabytes_per_second: f64, teraflops: f64) -> Gpu {
+    let memory_bytes = gigabytes * 1_000_000_000;
+    Gpu { name, memory_bytes, bandwidth: terabytes_per_second * 1e12, flops: teraflops * 1e12 }
 }
 
 /// GPUs known by name, data-sheet values.
 pub const GPUS: &[Gpu] = &[
-    gpu("h100", 80, 3.35),
-    gpu("h200", 141, 4.8),
-    gpu("h800", 80, 3.35),
-    gpu("h20", 96, 4.0),
-    gpu("b200", 180, 8.0),
-    gpu("a100", 80, 2.039),
-    gpu("a100-40gb", 40, 1.555),
-    gpu("mi300x", 192, 5.3),
-    gpu("l40s", 48, 0.864),
-    gpu("rtx-pro-6000", 96, 1.792),
-    gpu("rtx5090", 32, 1.792),
-    gpu("rtx4090", 24, 1.008),
-    gpu("rtx3090", 24, 0.936),
+    gpu("h100", 80, 3.35, 989.0),
+    gpu("h200", 141, 4.8, 989.0),
+    gpu("h800", 80, 3.35, 989.0),
+    gpu("h20", 96, 4.0, 148.0),
+    gpu("b200", 180, 8.0, 2250.0),
+    gpu("a100", 80, 2.039, 312.0),
+    gpu("a100-40gb", 40, 1.555, 312.0),
+    gpu("mi300x", 192, 5.3, 1307.0),
+    gpu("l40s", 48, 0.864, 362.0),
+    gpu("rtx-pro-6000", 96, 1.792, 504.0),
+    gpu("rtx5090", 32, 1.792, 210.0),
+    gpu("rtx4090", 24, 1.008, 165.0),
+    gpu("rtx3090", 24, 0.936, 71.0),
 ];
 
 impl Gpu {

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Subcommand, value_parser};
+use clap::{Args, Subcommand, ValueEnum, value_parser};
 use moewe_runtime::engine::Mtp;
 
 use super::{LoadArgs, ModelArgs, PrecisionArg, engine};
@@ -119,17 +119,32 @@ pub enum BenchCommand {
     Serve(LoadArgs),
 }
 
+/// Parts of `moewe bench`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum BenchPart {
+    /// Prompts, up to their first new tokens
+    Prefill,
+    /// Tokens behind others in the cache
+    Decode,
+    /// A stream with drafts of multi-token prediction, and without
+    Drafts,
+    /// A prompt whose beginning was run before
+    Prefix,
+}
+
 /// `moewe bench`.
 #[derive(Args, Debug)]
 #[command(
     args_conflicts_with_subcommands = true,
     subcommand_negates_reqs = true,
+    mut_arg("model", |model| model.required_unless_present_any(["device", "floor"])),
     after_help = "Prompts are random tokens; where drafts are measured, the model goes on with text of its own. Each line is \
-        the median of several runs behind one that warms up, beside its floor: the bytes that the run must move, over the \
-        speed at which this device copies memory. What does not fit the model's context or the device is left out, with a \
-        note.\n\n\
+        the median of several runs behind one that warms up, beside its floor: the longer of the bytes that each run must \
+        move, over the speed at which this device copies memory, and its operations, over the rate at which it multiplies \
+        large matrices. What does not fit the model's context or the device is left out, with a note.\n\n\
         Examples:\n  \
         moewe bench models/demo\n  \
+        moewe bench --floor\n  \
         moewe bench models/demo --mtp off,1,2,3,auto --repeat 9\n  \
         moewe bench v3.moewe --prompt-tokens 1024 --batch 1,8,64 --context 0,4096 --json > bench.json"
 )]
@@ -140,6 +155,15 @@ pub struct BenchArgs {
 
     #[command(flatten)]
     pub model: ModelArgs,
+
+    /// Measure no model, only what the device can do at most: copies, dispatches, submissions, matrix products; with MODEL,
+    /// also say what that allows it
+    #[arg(long, conflicts_with_all = ["mtp", "repeat", "seed"])]
+    pub floor: bool,
+
+    /// Parts to measure [default: all]
+    #[arg(long, value_name = "PART,…", value_delimiter = ',', value_enum)]
+    pub only: Vec<BenchPart>,
 
     /// Tokens of a prompt, for prefill, and of the beginning that the prefix cache has [default: 128,512; 64,256 on a software driver]
     #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = value_parser!(u32).range(1..))]

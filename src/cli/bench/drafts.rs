@@ -2,15 +2,15 @@
 
 use moewe_plan::{MAX_DRAFTS, PAGE_TOKENS, ProgramKind, Sampling};
 use moewe_runtime::SessionOptions;
-use moewe_runtime::engine::{Engine, EngineOptions, Finished, Mtp, Request};
+use moewe_runtime::engine::{Engine, EngineOptions, Mtp, Request};
 use serde_json::{Value, json};
 
 use super::super::generate::mtp_json;
 use super::super::progress::Bars;
 use super::super::{interrupt, model, output};
 use super::floor::Floor;
-use super::measure::{Spread, Tokens};
-use super::{LeftOut, Part, Setup, timed_json, titled, wait};
+use super::measure::{Spread, Taken, Times, Tokens};
+use super::{Done, LeftOut, Part, Setup, timed_json, titled, wait};
 
 /// Tokens of the beginning that the model writes itself behind a single random one.
 const BEGINNING: usize = 64;
@@ -25,7 +25,7 @@ struct Line {
     /// Tokens of the prompt, and tokens behind the first new one.
     prompt: usize,
     tokens: u64,
-    seconds: Spread,
+    times: Times,
     /// Speed against no drafts, if that was measured.
     ratio: Option<Spread>,
     /// For each position behind a token, how many drafts were verified there and how many of them accepted.
@@ -38,7 +38,7 @@ struct Line {
 
 /// Measures all modes, taking turns, so that their ratios mean something.
 pub(super) fn measure(setup: &Setup, modes: &[Mtp]) -> anyhow::Result<Part> {
-    let count = LONGER * setup.args.decode_tokens as usize;
+    let count = LONGER * setup.sizes.args.decode_tokens as usize;
     // With room for the drafts behind its end.
     let positions = 1 + BEGINNING + count + 2 * MAX_DRAFTS as usize;
     let mut part = Part::default();
@@ -79,20 +79,18 @@ fn engine(setup: &Setup, mtp: Mtp, positions: usize) -> anyhow::Result<Engine> {
     let pages = Some(positions.div_ceil(PAGE_TOKENS as usize) as u32 + 1);
     let options = SessionOptions { precision: setup.precision(), kinds, pages, ..SessionOptions::default() };
     let session = model::session_with(setup.model, options)?;
-    let prefill_chunk = setup.args.model.prefill_chunk.map(|chunk| chunk as usize);
+    let prefill_chunk = setup.sizes.args.model.prefill_chunk.map(|chunk| chunk as usize);
     Ok(Engine::new(session, &EngineOptions { mtp, prefix_cache: false, prefill_chunk, ..EngineOptions::default() })?)
 }
 
-type Run = (Vec<u32>, Finished);
-
 /// What each engine made of each text, without the first text, which warms up; less if Ctrl-C comes.
-fn turns(setup: &Setup, engines: &[Engine], count: usize) -> anyhow::Result<Vec<Vec<Run>>> {
-    let mut first = Tokens::new(setup.args.seed, setup.model.plan().model.vocab_size);
-    let repeats = setup.args.repeat as usize;
+fn turns(setup: &Setup, engines: &[Engine], count: usize) -> anyhow::Result<Vec<Vec<Done>>> {
+    let mut first = Tokens::new(setup.sizes.args.seed, setup.model.plan().model.vocab_size);
+    let repeats = setup.sizes.args.repeat as usize;
     let bars = Bars::default();
     let mut runs = Vec::with_capacity(repeats);
     for repeat in 0..=repeats {
-        let seed = setup.args.seed.wrapping_add(repeat as u64);
+        let seed = setup.sizes.args.seed.wrapping_add(repeat as u64);
         let sampling = Sampling {
             temperature: TEMPERATURE as f32,
             seed_low: seed as u32,
@@ -107,9 +105,9 @@ fn turns(setup: &Setup, engines: &[Engine], count: usize) -> anyhow::Result<Vec<
             ..Request::default()
         };
         let mut prompt = first.take(1);
-        let Some((beginning, _)) = wait(engines[0].submit(request(prompt.clone(), BEGINNING))?)? else { break };
-        prompt.extend(beginning);
-        let mut turn: Vec<Option<Run>> = vec![None; engines.len()];
+        let Some(beginning) = wait(engines[0].submit(request(prompt.clone(), BEGINNING))?)? else { break };
+        prompt.extend(beginning.tokens);
+        let mut turn: Vec<Option<Done>> = engines.iter().map(|_| None).collect();
         for place in 0..engines.len() {
             bars.set(
                 "drafting",
@@ -132,9 +130,10 @@ fn turns(setup: &Setup, engines: &[Engine], count: usize) -> anyhow::Result<Vec<
 }
 
 /// What one of the modes brought, in runs by text and mode.
-fn line(setup: &Setup, modes: &[Mtp], runs: &[Vec<Run>], mode: usize) -> Line {
-    let of = |mode: usize| runs.iter().map(move |turn| &turn[mode].1);
+fn line(setup: &Setup, modes: &[Mtp], runs: &[Vec<Done>], mode: usize) -> Line {
+    let of = |mode: usize| runs.iter().map(move |turn| &turn[mode].finished);
     let seconds = |mode: usize| of(mode).map(|finished| finished.decode.as_secs_f64());
+    let taken = |done: &Done| Taken { seconds: done.finished.decode.as_secs_f64(), cpu: done.decode_cpu };
     let off = modes.iter().position(|mtp| *mtp == Mtp::Off);
     let ratio = off.map(|off| Spread::of(seconds(off).zip(seconds(mode)).map(|(off, on)| off / on).collect()));
     let mut acceptance = vec![(0, 0); MAX_DRAFTS as usize];
@@ -154,12 +153,12 @@ fn line(setup: &Setup, modes: &[Mtp], runs: &[Vec<Run>], mode: usize) -> Line {
         mtp: modes[mode],
         prompt,
         tokens,
-        seconds: Spread::of(seconds(mode).collect()),
+        times: Times::of(&runs.iter().map(|turn| taken(&turn[mode])).collect::<Vec<_>>()),
         ratio,
         tokens_per_pass: made as f64 / passes.iter().sum::<u64>() as f64,
         floor: Floor::sum(all).times(tokens as f64 / made as f64),
         acceptance,
-        same_text: runs.iter().all(|turn| turn[mode].0 == turn[0].0),
+        same_text: runs.iter().all(|turn| turn[mode].tokens == turn[0].tokens),
     }
 }
 
@@ -207,12 +206,12 @@ impl Line {
         value["same_text"] = json!(self.same_text);
         value["tokens_per_pass"] = json!(self.tokens_per_pass);
         value["ratio_to_off"] = self.ratio.map_or(Value::Null, Spread::json);
-        timed_json(&mut value, self.seconds, self.tokens, self.floor);
+        timed_json(&mut value, &self.times, self.tokens, self.floor);
         value
     }
 
-    fn cells(&self) -> [String; 9] {
-        let rates = self.seconds.rates(self.tokens);
+    fn cells(&self) -> [String; 11] {
+        let rates = self.times.seconds.rates(self.tokens);
         let tried = self.acceptance.iter().take_while(|position| position.0 > 0);
         let shares: Vec<String> =
             tried.map(|&(drafted, accepted)| format!("{:.0}", 100.0 * accepted as f64 / drafted as f64)).collect();
@@ -223,9 +222,11 @@ impl Line {
             self.ratio.map_or_else(|| "–".into(), |ratio| format!("{:.3}", ratio.median)),
             if shares.is_empty() { "–".into() } else { shares.join(" ") },
             format!("{:.2}", self.tokens_per_pass),
+            self.times.cpu_cell(self.tokens),
             output::bytes(self.floor.bytes / self.tokens as f64),
             format!("{:.1}", self.tokens as f64 / self.floor.seconds),
-            format!("{:.2} %", self.floor.seconds / self.seconds.median * 100.0),
+            self.floor.bound().name().to_owned(),
+            format!("{:.2} %", self.floor.seconds / self.times.seconds.median * 100.0),
         ]
     }
 }
@@ -238,8 +239,10 @@ fn table(lines: &[Line], count: usize) -> String {
         "of off",
         "accepted %",
         "a pass",
+        "CPU ms",
         "bytes a token",
-        "floor tokens/s",
+        "at floor",
+        "bound",
         "reached",
     ]);
     for line in lines {

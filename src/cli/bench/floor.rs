@@ -1,4 +1,4 @@
-//! The time in which the bytes of a line can be moved at all.
+//! The time in which the bytes of a line can be moved, and its operations made, at all.
 
 use moewe_plan::{Binding, Plan, Program, ProgramKind, SCALE_GROUP, Step, WeightFormat};
 
@@ -13,8 +13,14 @@ pub(super) struct Machine<'a> {
     pub(super) programs: Vec<&'a Program>,
     /// Most prompt tokens in a run.
     pub(super) chunk: u64,
-    /// How fast the device copies.
+    pub(super) rates: Rates,
+}
+
+/// How fast a device copies, and multiplies matrices.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Rates {
     pub(super) bytes_per_second: f64,
+    pub(super) flops_per_second: f64,
 }
 
 /// What a line must move and compute.
@@ -22,13 +28,36 @@ pub(super) struct Machine<'a> {
 pub(super) struct Floor {
     pub(super) bytes: f64,
     pub(super) flops: u64,
-    /// Bytes over bandwidth.
+    /// Of each run the longer of bytes over bandwidth and operations over their rate.
     pub(super) seconds: f64,
+    /// That of the runs where it was the bytes'.
+    bytes_seconds: f64,
+}
+
+/// What a floor rests on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Bound {
+    Bytes,
+    Flops,
+}
+
+impl Bound {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Bytes => "bytes",
+            Self::Flops => "flops",
+        }
+    }
 }
 
 impl Floor {
     fn plus(self, other: Self) -> Self {
-        Self { bytes: self.bytes + other.bytes, flops: self.flops + other.flops, seconds: self.seconds + other.seconds }
+        Self {
+            bytes: self.bytes + other.bytes,
+            flops: self.flops + other.flops,
+            seconds: self.seconds + other.seconds,
+            bytes_seconds: self.bytes_seconds + other.bytes_seconds,
+        }
     }
 
     /// So many times the same.
@@ -37,12 +66,27 @@ impl Floor {
             bytes: self.bytes * factor,
             flops: (self.flops as f64 * factor).round() as u64,
             seconds: self.seconds * factor,
+            bytes_seconds: self.bytes_seconds * factor,
         }
+    }
+
+    /// What most of its time rests on.
+    pub(super) fn bound(&self) -> Bound {
+        if 2.0 * self.bytes_seconds >= self.seconds { Bound::Bytes } else { Bound::Flops }
     }
 
     /// Of all together.
     pub(super) fn sum(all: impl IntoIterator<Item = Self>) -> Self {
         all.into_iter().fold(Self::default(), Self::plus)
+    }
+}
+
+impl Rates {
+    /// Of a run that moves and computes so much.
+    fn floor(&self, bytes: f64, flops: u64) -> Floor {
+        let (moving, computing) = (bytes / self.bytes_per_second, flops as f64 / self.flops_per_second);
+        let bytes_seconds = if moving >= computing { moving } else { 0.0 };
+        Floor { bytes, flops, seconds: moving.max(computing), bytes_seconds }
     }
 }
 
@@ -54,7 +98,7 @@ impl Machine<'_> {
 
     /// Of running `tokens` of a prompt behind `known` that are in the cache, and of moving so many bytes besides.
     pub(super) fn resumed(&self, known: u64, tokens: u64, bytes: u64) -> Floor {
-        let moved = Floor { bytes: bytes as f64, flops: 0, seconds: bytes as f64 / self.bytes_per_second };
+        let moved = self.rates.floor(bytes as f64, 0);
         let end = known + tokens;
         let starts = (known..end).step_by(self.chunk.max(1) as usize);
         let loads =
@@ -85,15 +129,14 @@ impl Machine<'_> {
         let of_kind = || self.programs.iter().filter(|program| program.kind == kind);
         let fits = |p: &&&Program| load.tokens <= p.max_tokens.into() && load.rows <= p.max_rows.into();
         let Some(program) = of_kind().find(fits).or_else(|| of_kind().next_back()) else { return Floor::default() };
-        let mut floor = Floor::default();
+        let (mut all_bytes, mut all_flops) = (0.0, 0);
         // Steps that serve taps alone are left out, since nothing is watched.
         for step in program.steps.iter().filter(|step| step.only_for.is_empty() && step.when.holds(drafts, false)) {
             let (bytes, flops) = cost(step, load);
-            floor.bytes += self.without_repeated_experts(step, load, bytes as f64);
-            floor.flops += flops;
+            all_bytes += self.without_repeated_experts(step, load, bytes as f64);
+            all_flops += flops;
         }
-        floor.seconds = floor.bytes / self.bytes_per_second;
-        floor
+        self.rates.floor(all_bytes, all_flops)
     }
 
     /// Bytes of a step when no expert is read twice. Its cost has each token read its own.
@@ -196,6 +239,20 @@ mod tests {
         let all = runs(Work::Decode { context: 10, batch: 2, steps: 3 }, 4);
         assert_eq!(all.iter().map(|load| load.attended).collect::<Vec<_>>(), [22, 24, 26]);
         assert!(all.iter().all(|load| (load.tokens, load.rows, load.cached) == (2, 2, load.attended)));
+    }
+
+    #[test]
+    fn the_longer_of_moving_and_computing_counts_in_each_run() {
+        let rates = Rates { bytes_per_second: 10.0, flops_per_second: 100.0 };
+        let (moves, computes) = (rates.floor(20.0, 100), rates.floor(5.0, 300));
+        assert_eq!((moves.seconds, moves.bound()), (2.0, Bound::Bytes));
+        assert_eq!((computes.seconds, computes.bound()), (3.0, Bound::Flops));
+        let both = moves.plus(computes);
+        // Not 4: what one run computes takes no time away from what another moves.
+        assert_eq!((both.bytes, both.flops, both.seconds, both.bound()), (25.0, 400, 5.0, Bound::Flops));
+        assert_eq!(moves.times(2.0).plus(computes).bound(), Bound::Bytes);
+        assert_eq!(rates.floor(10.0, 100).bound(), Bound::Bytes);
+        assert_eq!(Floor::default().bound(), Bound::Bytes);
     }
 
     #[test]

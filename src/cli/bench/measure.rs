@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use moewe_plan::Sampling;
+use moewe_plan::{PAGE_TOKENS, Sampling};
 use moewe_runtime::{Error, MAX_BURST, SequenceId, Session};
 use serde_json::{Value, json};
 
@@ -41,8 +41,65 @@ impl Spread {
     }
 }
 
+/// When something began.
+pub(super) struct Clock {
+    started: Instant,
+    cpu: Option<f64>,
+}
+
+/// What something took: seconds, and those of processors in all threads of this process, a software driver's included, where
+/// the system tells.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Taken {
+    pub(super) seconds: f64,
+    pub(super) cpu: Option<f64>,
+}
+
+impl Clock {
+    pub(super) fn start() -> Self {
+        Self { started: Instant::now(), cpu: cpu_seconds() }
+    }
+
+    pub(super) fn stop(&self) -> Taken {
+        let cpu = self.cpu.zip(cpu_seconds()).map(|(from, to)| to - from);
+        Taken { seconds: self.started.elapsed().as_secs_f64(), cpu }
+    }
+}
+
+/// Seconds that processors spent on this process so far.
+#[cfg(unix)]
+fn cpu_seconds() -> Option<f64> {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    Some(time.tv_sec as f64 + time.tv_nsec as f64 * 1e-9)
+}
+
+#[cfg(not(unix))]
+fn cpu_seconds() -> Option<f64> {
+    None
+}
+
+/// Of several runs of the same.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Times {
+    pub(super) seconds: Spread,
+    pub(super) cpu: Option<Spread>,
+}
+
+impl Times {
+    /// Of one run or more.
+    pub(super) fn of(taken: &[Taken]) -> Self {
+        let cpu: Option<Vec<f64>> = taken.iter().map(|taken| taken.cpu).collect();
+        Self { seconds: Spread::of(taken.iter().map(|taken| taken.seconds).collect()), cpu: cpu.map(Spread::of) }
+    }
+
+    /// Milliseconds of processors for each of so many tokens, for tables.
+    pub(super) fn cpu_cell(&self, tokens: u64) -> String {
+        self.cpu.map_or_else(|| "–".into(), |cpu| format!("{:.2}", cpu.median * 1e3 / tokens as f64))
+    }
+}
+
 pub(super) enum Measured {
-    Seconds(Spread),
+    Times(Times),
     /// Ctrl-C came first.
     Interrupted,
 }
@@ -71,16 +128,16 @@ impl Tokens {
 /// Measures a line. No sequence is left behind.
 pub(super) fn measure(session: &mut Session, work: Work, chunk: usize, args: &BenchArgs) -> anyhow::Result<Measured> {
     let mut tokens = Tokens::new(args.seed, session.model().plan().model.vocab_size);
-    let mut seconds = Vec::with_capacity(args.repeat as usize);
+    let mut taken = Vec::with_capacity(args.repeat as usize + 1);
     let mut sequences = Vec::new();
     let result = match work {
         Work::Prefill { prompt_tokens, batch } => (|| {
             for repeat in 0..=args.repeat {
                 let length = if repeat == 0 { prompt_tokens.min(WARM_TOKENS) } else { prompt_tokens };
                 add(session, &mut sequences, &mut tokens, length, batch)?;
-                let started = Instant::now();
+                let clock = Clock::start();
                 session.prefill(&sequences, Some(chunk))?;
-                seconds.push(started.elapsed().as_secs_f64());
+                taken.push(clock.stop());
                 clear(session, &mut sequences)?;
                 if interrupt::is_set() {
                     return Err(Error::Interrupted);
@@ -90,19 +147,20 @@ pub(super) fn measure(session: &mut Session, work: Work, chunk: usize, args: &Be
         })(),
         Work::Decode { context, batch, steps } => (|| {
             // With nothing in the cache, the only token is the one to run; otherwise prefill samples that.
-            add(session, &mut sequences, &mut tokens, context.max(1), batch)?;
-            if context > 0 {
-                session.prefill(&sequences, Some(chunk))?;
+            if context == 0 {
+                add(session, &mut sequences, &mut tokens, 1, batch)?;
+            } else {
+                fill(session, &mut sequences, &mut tokens, (context, batch), chunk)?;
             }
             for repeat in 0..=args.repeat {
-                let started = Instant::now();
+                let clock = Clock::start();
                 let mut left = if repeat == 0 { steps.min(WARM_STEPS) } else { steps };
                 while left > 0 {
                     let burst = left.min(MAX_BURST);
                     session.decode(&sequences, burst)?;
                     left -= burst;
                 }
-                seconds.push(started.elapsed().as_secs_f64());
+                taken.push(clock.stop());
                 for &sequence in &sequences {
                     session.rewind(sequence, context as usize + 1)?;
                 }
@@ -115,7 +173,7 @@ pub(super) fn measure(session: &mut Session, work: Work, chunk: usize, args: &Be
     };
     clear(session, &mut sequences)?;
     match result {
-        Ok(()) => Ok(Measured::Seconds(Spread::of(seconds.split_off(1)))), // the first one warmed up
+        Ok(()) => Ok(Measured::Times(Times::of(&taken[1..]))), // the first one warmed up
         Err(Error::Interrupted) => Ok(Measured::Interrupted),
         Err(error) => Err(error.into()),
     }
@@ -134,6 +192,47 @@ fn add(
     Ok(())
 }
 
+/// Adds `batch` sequences with `context` tokens in their caches, and the next token sampled. Only the first one's are all
+/// run: the others begin with copies of its full pages, so that each reads latents of its own and goes on differently.
+fn fill(
+    session: &mut Session,
+    sequences: &mut Vec<SequenceId>,
+    tokens: &mut Tokens,
+    (context, batch): (u32, u32),
+    chunk: usize,
+) -> Result<(), Error> {
+    let prompt = tokens.take(context);
+    let first = session.add_sequence(&prompt, Sampling::default())?;
+    sequences.push(first);
+    session.prefill(sequences, Some(chunk))?;
+    // At least one token is left to each.
+    let full = (context - 1) / PAGE_TOKENS;
+    let mut copies = vec![Vec::new(); batch as usize - 1];
+    if !copies.is_empty() {
+        for page in session.pages_of(first)?[..full as usize].to_vec() {
+            let latents = session.read_page(page)?;
+            for copy in &mut copies {
+                copy.push(session.load_page(&latents)?);
+            }
+            if interrupt::is_set() {
+                return Err(Error::Interrupted);
+            }
+        }
+    }
+    let common = full * PAGE_TOKENS;
+    for copy in copies {
+        let text = [&prompt[..common as usize], &tokens.take(context - common)].concat();
+        let sequence = session.add_sequence(&text, Sampling::default())?;
+        sequences.push(sequence);
+        session.adopt(sequence, &copy, None, false)?;
+        session.release(&copy);
+    }
+    if batch > 1 {
+        session.prefill(&sequences[1..], Some(chunk))?;
+    }
+    Ok(())
+}
+
 fn clear(session: &mut Session, sequences: &mut Vec<SequenceId>) -> Result<(), Error> {
     sequences.drain(..).try_for_each(|sequence| session.remove_sequence(sequence))
 }
@@ -147,6 +246,23 @@ mod tests {
         assert_eq!(Spread::of(vec![3.0]), Spread { median: 3.0, min: 3.0, max: 3.0 });
         assert_eq!(Spread::of(vec![5.0, 1.0, 2.0]), Spread { median: 2.0, min: 1.0, max: 5.0 });
         assert_eq!(Spread::of(vec![4.0, 1.0, 2.0, 9.0]), Spread { median: 3.0, min: 1.0, max: 9.0 });
+    }
+
+    #[test]
+    fn clocks_tell_work_from_waiting() {
+        let clock = Clock::start();
+        std::thread::sleep(std::time::Duration::from_millis(60));
+        let waited = clock.stop();
+        let clock = Clock::start();
+        let begun = Instant::now();
+        while begun.elapsed().as_millis() < 60 {}
+        let worked = clock.stop();
+        assert!(waited.seconds >= 0.06 && worked.seconds >= 0.06);
+        // Other tests run in this process meanwhile: more is possible, less is not.
+        #[cfg(unix)]
+        assert!(worked.cpu.unwrap() > 0.005 && waited.cpu.unwrap() >= 0.0);
+        let times = Times::of(&[worked, Taken { cpu: None, ..worked }]);
+        assert!(times.cpu.is_none() && times.cpu_cell(3) == "–");
     }
 
     #[test]

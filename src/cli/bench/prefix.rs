@@ -1,7 +1,6 @@
 //! Time to the first token behind a beginning that was run before, kept in the device's memory or on disk, or not at all.
 
 use std::path::Path;
-use std::time::Instant;
 
 use anyhow::Context;
 use moewe_plan::{PAGE_TOKENS, ProgramKind};
@@ -9,10 +8,11 @@ use moewe_runtime::engine::{Engine, EngineOptions, Event, Finished, Mtp, Request
 use moewe_runtime::{Session, SessionOptions};
 use serde_json::{Value, json};
 
+use super::super::args::BenchPart;
 use super::super::progress::Bars;
 use super::super::{interrupt, model, output};
 use super::floor::Floor;
-use super::measure::{Spread, Tokens};
+use super::measure::{Clock, Spread, Taken, Times, Tokens};
 use super::{LeftOut, Part, Setup, timed_json, titled, wait};
 
 /// Tokens behind the beginning, which are new each time.
@@ -48,21 +48,21 @@ struct Line {
     /// Tokens of the prompt that were run.
     computed: u64,
     copied_bytes: u64,
-    seconds: Spread,
+    times: Times,
     floor: Floor,
 }
 
 /// Measures prompts of the sizes asked for.
 pub(super) fn measure(setup: &Setup) -> anyhow::Result<Part> {
     let mut part = Part::default();
-    if interrupt::is_set() {
+    if !setup.sizes.has(BenchPart::Prefix) || interrupt::is_set() {
         return Ok(part);
     }
     let kinds = vec![ProgramKind::Forward];
     let options = SessionOptions { precision: setup.precision(), kinds, ..SessionOptions::default() };
     let mut session = model::session_with(setup.model, options)?;
     let (mut lines, mut warnings) = (Vec::new(), Vec::new());
-    let (prompts, bars) = (setup.prompts(), Bars::default());
+    let (prompts, bars) = (setup.sizes.prompts(), Bars::default());
     for (index, &beginning) in prompts.iter().enumerate() {
         bars.set("prefix cache", index as u64, prompts.len() as u64, false);
         if let Some(reason) = too_large(setup, &session, beginning) {
@@ -107,13 +107,13 @@ fn too_large(setup: &Setup, session: &Session, beginning: u32) -> Option<String>
 }
 
 /// A run, timed from its submission to its first token.
-type Run = (f64, Finished);
+type Run = (Taken, Finished);
 
 /// Runs of each kind, without the first ones, which warm up; fewer if Ctrl-C comes. Gives the session back, and what went
 /// wrong besides.
 fn runs(setup: &Setup, session: Session, beginning: u32) -> anyhow::Result<(Session, [Vec<Run>; 3], Vec<String>)> {
     let vocab_size = setup.model.plan().model.vocab_size;
-    let mut random = Tokens::new(setup.args.seed, vocab_size);
+    let mut random = Tokens::new(setup.sizes.args.seed, vocab_size);
     let beginning = random.take(beginning);
     let mut tail = random.take(NEW);
     // What follows differs from its first token on, so that nothing of it is ever found.
@@ -131,7 +131,7 @@ fn runs(setup: &Setup, session: Session, beginning: u32) -> anyhow::Result<(Sess
     if done.is_none() {
         return Ok((session, runs, warnings));
     }
-    for repeat in 0..=setup.args.repeat {
+    for repeat in 0..=setup.sizes.args.repeat {
         let in_memory = engine(setup, session, None)?;
         let nowhere = first_token(&in_memory, prompt())?;
         let device = first_token(&in_memory, prompt())?;
@@ -152,7 +152,7 @@ fn engine(setup: &Setup, session: Session, dir: Option<&Path>) -> anyhow::Result
     let options = EngineOptions {
         mtp: Mtp::Off,
         cache_dir: dir.map(|dir| (dir.to_owned(), u64::MAX)),
-        prefill_chunk: setup.args.model.prefill_chunk.map(|chunk| chunk as usize),
+        prefill_chunk: setup.sizes.args.model.prefill_chunk.map(|chunk| chunk as usize),
         ..EngineOptions::default()
     };
     Ok(Engine::new(session, &options)?)
@@ -171,14 +171,14 @@ fn request(prompt: Vec<u32>) -> Request {
 
 /// Runs a prompt up to its first token; `None` if Ctrl-C came first.
 fn first_token(engine: &Engine, prompt: Vec<u32>) -> anyhow::Result<Option<Run>> {
-    let started = Instant::now();
+    let clock = Clock::start();
     let mut stream = engine.submit(request(prompt))?;
-    let mut seconds = 0.0;
+    let mut taken = Taken::default();
     loop {
         match stream.recv() {
             Some(Event::Began { .. }) => {}
-            Some(Event::Tokens(_)) => seconds = started.elapsed().as_secs_f64(),
-            Some(Event::Finished(finished)) => return Ok((!interrupt::is_set()).then_some((seconds, *finished))),
+            Some(Event::Tokens(_)) => taken = clock.stop(),
+            Some(Event::Finished(finished)) => return Ok((!interrupt::is_set()).then_some((taken, *finished))),
             Some(Event::Failed(error)) if matches!(*error, moewe_runtime::Error::Interrupted) => return Ok(None),
             Some(Event::Failed(error)) => return Err(error.into()),
             None => return Ok(None),
@@ -203,7 +203,7 @@ fn line(setup: &Setup, page_bytes: u64, (kept, beginning): (Kept, u32), runs: &[
         beginning,
         computed: prompt - known,
         copied_bytes,
-        seconds: Spread::of(runs.iter().map(|(seconds, _)| *seconds).collect()),
+        times: Times::of(&runs.iter().map(|(taken, _)| *taken).collect::<Vec<_>>()),
         floor: setup.machine.resumed(known, prompt - known, 2 * copied_bytes),
     }
 }
@@ -213,13 +213,13 @@ impl Line {
         let mut value = self.kept.json(self.beginning);
         value["computed_tokens"] = json!(self.computed);
         value["copied_bytes"] = json!(self.copied_bytes);
-        value["first_token_seconds"] = json!(self.seconds.median);
-        timed_json(&mut value, self.seconds, u64::from(self.beginning + NEW), self.floor);
+        value["first_token_seconds"] = json!(self.times.seconds.median);
+        timed_json(&mut value, &self.times, u64::from(self.beginning + NEW), self.floor);
         value
     }
 
-    fn cells(&self) -> [String; 9] {
-        let Spread { median, min, max } = self.seconds;
+    fn cells(&self) -> [String; 10] {
+        let Spread { median, min, max } = self.times.seconds;
         [
             self.kept.name().to_owned(),
             (self.beginning + NEW).to_string(),
@@ -229,6 +229,7 @@ impl Line {
             output::bytes(self.copied_bytes as f64),
             output::bytes(self.floor.bytes),
             format!("{:.3}", self.floor.seconds * 1e3),
+            self.floor.bound().name().to_owned(),
             format!("{:.2} %", self.floor.seconds / median * 100.0),
         ]
     }
@@ -244,6 +245,7 @@ fn table(lines: &[Line]) -> String {
         "copied",
         "bytes",
         "floor ms",
+        "bound",
         "reached",
     ]);
     for line in lines {
