@@ -310,6 +310,18 @@ pub enum Op {
         /// Whether RoPE is applied here.
         rotate: bool,
     },
+    /// q `[H · (nope + rope)]`, `[rank + rope]` (output of kv_a) → `[H, rank + rope]`, `[rank + rope]`: `AbsorbQuery` that rotates
+    /// and `LatentWrite`.
+    AbsorbWrite {
+        /// `[H · (nope + v), rank]`.
+        kv_b: WeightId,
+        /// Layer.
+        layer: usize,
+        /// Norm of the latent.
+        norm: Norm,
+        /// Shape.
+        mla: Mla,
+    },
     /// `[H, rank + rope]`, cache `[rank + rope]` → `[H, rank]`: attention over latents (§5, absorbed).
     LatentAttention {
         /// Layer.
@@ -436,6 +448,7 @@ impl Op {
             self,
             Op::CacheWrite { .. }
                 | Op::LatentWrite { .. }
+                | Op::AbsorbWrite { .. }
                 | Op::WriteState { .. }
                 | Op::Logprobs
                 | Op::Accept

@@ -38,6 +38,7 @@ pub fn output_types(graph: &Graph, op: &Op, inputs: &[Value]) -> Result<Vec<Tens
         | Op::Attention { .. }
         | Op::LatentWrite { .. }
         | Op::AbsorbQuery { .. }
+        | Op::AbsorbWrite { .. }
         | Op::LatentAttention { .. }
         | Op::AbsorbOutput { .. } => attention(&on, op),
         Op::RouterScore(_)
@@ -231,6 +232,15 @@ fn attention(on: &Operands, op: &Op) -> Types {
             on.input(0, "query", DType::F32, &[mla.heads * (mla.nope + mla.rope)])?;
             on.kv_b(*kv_b, mla)?;
             on.floats(&[mla.heads, mla.rank + mla.rope])
+        }
+        Op::AbsorbWrite { kv_b, norm, mla, .. } => {
+            on.count(2)?;
+            on.input(0, "query", DType::F32, &[mla.heads * (mla.nope + mla.rope)])?;
+            on.kv_b(*kv_b, mla)?;
+            on.input(1, "latent and rope key", DType::F32, &[mla.rank + mla.rope])?;
+            on.norm("norm", norm, mla.rank)?;
+            let width = mla.rank + mla.rope;
+            Ok([on.floats(&[mla.heads, width])?, on.floats(&[width])?].concat())
         }
         Op::LatentAttention { layer, mla } => {
             on.count(2)?;
@@ -446,8 +456,16 @@ impl Operands<'_> {
     fn cache(&self, at: usize, layer: usize, mla: &Mla) -> Result<(), String> {
         self.input(at, "cache", DType::F32, &[mla.rank + mla.rope])?;
         match &self.graph.nodes[self.inputs[at].node].op {
-            Op::CacheWrite { layer: found } | Op::LatentWrite { layer: found, .. } if *found == layer => Ok(()),
-            Op::CacheWrite { layer: found } | Op::LatentWrite { layer: found, .. } => {
+            Op::CacheWrite { layer: found }
+            | Op::LatentWrite { layer: found, .. }
+            | Op::AbsorbWrite { layer: found, .. }
+                if *found == layer =>
+            {
+                Ok(())
+            }
+            Op::CacheWrite { layer: found }
+            | Op::LatentWrite { layer: found, .. }
+            | Op::AbsorbWrite { layer: found, .. } => {
                 Err(format!("cache is that of layer {found}, that of layer {layer} expected"))
             }
             other => Err(format!("cache comes from {}, CacheWrite or LatentWrite expected", other.name())),

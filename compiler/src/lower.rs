@@ -282,8 +282,11 @@ impl Lowering<'_, '_> {
             Op::Accept => self.accept(node),
             Op::Propose => self.propose(node),
             Op::TopTokens(asked) => self.top_tokens(node, *asked, id),
-            Op::LatentWrite { layer, norm, mla } => self.latent_write(node, *layer, *norm, mla, out(0)),
-            Op::AbsorbQuery { kv_b, mla, rotate: true } => self.absorb_query(node, *kv_b, mla, out(0)),
+            Op::LatentWrite { layer, norm, mla } => self.latent_write(node, node.inputs[0], *layer, *norm, mla, out(0)),
+            Op::AbsorbQuery { kv_b, mla, rotate: true } => self.absorb_query(node, node.inputs[0], *kv_b, mla, out(0)),
+            Op::AbsorbWrite { kv_b, layer, norm, mla } => {
+                self.absorb_write(node, *kv_b, *layer, *norm, mla, [out(0), out(1)])
+            }
             Op::LatentAttention { layer, mla } => self.latent_attention(node, *layer, mla, out(0)),
             Op::AbsorbOutput { kv_b, mla } => self.absorb_output(node, *kv_b, mla, out(0)),
             Op::Router { rule, bias, shared } => {

@@ -64,7 +64,9 @@ pub fn assign(graph: &Graph, program: &str, buffers: &mut Buffers) -> HashMap<Va
     for (id, node) in graph.nodes.iter().enumerate() {
         for (output, ty) in node.outputs.iter().enumerate() {
             let value = Value { node: id, output };
-            let needed = graph.is_tapped(value) || !matches!(node.op, Op::LatentWrite { .. });
+            // What goes into the cache is read there.
+            let cached = matches!((&node.op, output), (Op::LatentWrite { .. }, 0) | (Op::AbsorbWrite { .. }, 1));
+            let needed = graph.is_tapped(value) || !cached;
             if let Some(name) = state.get(&value) {
                 let name = format!("state.{name}");
                 assigned.insert(value, buffers.get(&name, ty.dtype, elements(ty), Role::State));

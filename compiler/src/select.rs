@@ -202,15 +202,7 @@ impl Selector<'_> {
 
     /// Query half of absorbed attention.
     pub fn absorb_query(&self, stored: Stored, mla: &Mla, interleave: bool) -> Variant {
-        scaled(Variant::new("absorb_query"), stored)
-            .flag("interleave", interleave)
-            .int("HEADS", mla.heads)
-            .int("NOPE", mla.nope)
-            .int("ROPE", mla.rope)
-            .int("ROPE_PAIRS", mla.rope / 2)
-            .int("V", mla.v)
-            .int("RANK", mla.rank)
-            .int("WG", WORKGROUP)
+        query(Variant::new("absorb_query").flag("interleave", interleave), stored, mla)
     }
 
     /// Invocations that have a head's columns together: 16 of the latent, four of the rope part each, and no fewer than those of
@@ -255,10 +247,32 @@ impl Selector<'_> {
     /// Norm of the latent, RoPE of the key, cache write. `flags` are `interleave`, `tapped` (the row is written once more),
     /// `edit` (the latent is scaled by a parameter).
     pub fn latent_write(&self, mla: &Mla, eps: f64, max_pages: usize, flags: &[(&'static str, bool)]) -> Variant {
-        let variant = Variant::new("latent_write").latent(self.latent());
+        self.latent_row(Variant::new("latent_write"), mla, eps, max_pages, flags)
+    }
+
+    /// Both.
+    pub fn absorb_write(
+        &self,
+        stored: Stored,
+        mla: &Mla,
+        eps: f64,
+        max_pages: usize,
+        flags: &[(&'static str, bool)],
+    ) -> Variant {
+        self.latent_row(query(Variant::new("absorb_write"), stored, mla), mla, eps, max_pages, flags)
+    }
+
+    fn latent_row(
+        &self,
+        variant: Variant,
+        mla: &Mla,
+        eps: f64,
+        max_pages: usize,
+        flags: &[(&'static str, bool)],
+    ) -> Variant {
         flags
             .iter()
-            .fold(variant, |variant, (flag, on)| variant.flag(flag, *on))
+            .fold(variant.latent(self.latent()), |variant, (flag, on)| variant.flag(flag, *on))
             .int("RANK", mla.rank)
             .int("ROPE", mla.rope)
             .int("ROPE_PAIRS", mla.rope / 2)
@@ -364,6 +378,18 @@ pub fn propose(modules: usize) -> Variant {
 /// Pages that the longest sequence needs.
 pub fn max_pages(max_context: usize) -> usize {
     max_context.div_ceil(PAGE_TOKENS as usize)
+}
+
+/// What the absorption of queries needs.
+fn query(variant: Variant, stored: Stored, mla: &Mla) -> Variant {
+    scaled(variant, stored)
+        .int("HEADS", mla.heads)
+        .int("NOPE", mla.nope)
+        .int("ROPE", mla.rope)
+        .int("ROPE_PAIRS", mla.rope / 2)
+        .int("V", mla.v)
+        .int("RANK", mla.rank)
+        .int("WG", WORKGROUP)
 }
 
 fn scaled(variant: Variant, stored: Stored) -> Variant {

@@ -305,8 +305,7 @@ fn only_fused_operations_remain() {
                         | Op::Accept
                         | Op::Propose
                         | Op::TopTokens(_)
-                        | Op::LatentWrite { .. }
-                        | Op::AbsorbQuery { rotate: true, .. }
+                        | Op::AbsorbWrite { .. }
                         | Op::LatentAttention { .. }
                         | Op::AbsorbOutput { .. }
                         | Op::LinearPair { .. }
@@ -340,6 +339,7 @@ fn each_pass_fires_as_often_as_it_should() {
         ("norm", [3 * 4 + 1, 3 * 4 + 1 + 1 + 3, 3 * 4, 3]),
         // After attention, and after the dense network or the shared experts.
         ("residual", [2 * 4, 2 * 4, 2 * 4, 2]),
+        ("absorb_write", [4, 4, 4, 1]),
         ("pair", [4, 4, 4, 1]),
         ("shared_experts", [3, 3, 3, 1]),
         ("router_product", [3, 3, 3, 1]),
@@ -474,7 +474,7 @@ fn broken_graphs_are_named() {
         g.nodes[id].inputs[2] = g.nodes[id].inputs[1];
     });
     let other_layer = complaint(|g| {
-        let (first, second) = (find(g, "layers.0.latent_write"), find(g, "layers.1.attention"));
+        let (first, second) = (find(g, "layers.0.absorb_write"), find(g, "layers.1.attention"));
         g.nodes[second].inputs[1].node = first;
     });
     let wrong_weight = complaint(|g| {

@@ -92,7 +92,7 @@ fn module(name: &str) -> ModulePath {
     ModulePath::new(PathOrigin::Absolute, vec![name.to_owned()])
 }
 
-/// Names of imported things in the linked text: constants of `tune`, and bindings, which `routing` alone has, as they are, others
+/// Names of imported things in the linked text: constants of `tune`, and those of modules with bindings, as they are, others
 /// as `module_name`.
 #[derive(Debug)]
 struct Readable;
@@ -100,7 +100,7 @@ struct Readable;
 impl Mangler for Readable {
     fn mangle(&self, path: &ModulePath, item: &str) -> String {
         match path.components.last().map(String::as_str) {
-            None | Some("tune" | "routing") => item.to_owned(),
+            None | Some("tune" | "latent_row" | "positions" | "query" | "routing") => item.to_owned(),
             Some(module) => format!("{module}_{item}"),
         }
     }

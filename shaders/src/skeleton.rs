@@ -38,6 +38,7 @@ const EMPTY: Skeleton =
 pub const SKELETONS: &[Skeleton] = &[
     skeleton!("absorb_output", ["aligned", "edit", "half_scales", "scaled", "split"], [matrix, reduce]),
     skeleton!("absorb_query", ["half_scales", "interleave", "scaled"], [weight]),
+    skeleton!("absorb_write", ["edit", "half_scales", "interleave", "scaled", "tapped"], [weight, latent]),
     skeleton!("accept", [], []),
     skeleton!("embed", ["half_scales", "scaled"], [weight]),
     skeleton!("experts_down", ["aligned", "half_scales", "residual", "scaled", "pooled"], [matrix, reduce]),
@@ -77,6 +78,9 @@ pub(crate) const SHARED: &[(&str, &str)] = &[
     ("batch", include_str!("../wesl/batch.wesl")),
     ("cache", include_str!("../wesl/cache.wesl")),
     ("mean_square", include_str!("../wesl/mean_square.wesl")),
+    ("latent_row", include_str!("../wesl/latent_row.wesl")),
+    ("positions", include_str!("../wesl/positions.wesl")),
+    ("query", include_str!("../wesl/query.wesl")),
     ("rope", include_str!("../wesl/rope.wesl")),
     ("routing", include_str!("../wesl/routing.wesl")),
     ("row", include_str!("../wesl/row.wesl")),

@@ -123,8 +123,8 @@ fn every_variant_links_and_validates() {
                 }
                 let linked = link(&variant).unwrap_or_else(|error| panic!("{error}"));
                 let storage = linked.bindings.iter().filter(|b| b.access != Access::Uniform).count();
-                // The router with its product is for devices that bind more, and two kernels elsewhere.
-                let most = if skeleton.name == "router_product" { 10 } else { 8 };
+                // These two are for devices that bind more; elsewhere there are two kernels for each.
+                let most = if ["absorb_write", "router_product"].contains(&skeleton.name) { 12 } else { 8 };
                 assert!(storage <= most, "{}: {storage} storage buffers, {most} expected", variant.name());
                 assert!(linked.workgroup_bytes <= 16384, "{}: {} bytes", variant.name(), linked.workgroup_bytes);
                 count += 1;

@@ -1,4 +1,4 @@
-//! `absorb_query`, `absorb_output` and `latent_write`.
+//! `absorb_query`, `absorb_output`, `latent_write` and `absorb_write`.
 
 use moewe_oracle::ops::{self, MlaDims};
 use moewe_oracle::rope::{RopeParams, Yarn};
@@ -415,6 +415,57 @@ impl Writer<'_> {
             call = call.floats("latent_scale", scale);
         }
         call.run([self.places.len(), 1, 1])
+    }
+}
+
+/// Query and latent row in one dispatch are those of the two kernels, bit for bit.
+#[test]
+fn queries_and_latents_in_one_dispatch() {
+    let mut rng = Rng::new(61);
+    let places = [(0, 0), (1, 64), (0, 65), (2, 127)];
+    let positions = places.map(|(_, position)| position);
+    let (heads, nope, rope_dim, value, rank, max_pages) = (3, 5, 6, 4, 37, 4);
+    for (case, format) in FORMATS.into_iter().enumerate() {
+        for latent in Latent::ALL {
+            let dims = MlaDims { heads, nope, rope: rope_dim, value, latent: rank, scale: 1.0 };
+            let absorb = Absorb::random(&mut rng, format, dims);
+            let (rope, tapped) = (rope(rope_dim, case % 2 == 0), case < 2);
+            let cache = Cache::new(&mut rng, latent, (rank, rope_dim), max_pages, &[66, 65, 130]);
+            let q = rng.numbers(places.len() * heads * (nope + rope_dim));
+            let (kv, norm) = (rng.numbers(places.len() * (rank + rope_dim)), rng.norm(rank));
+            let writer = Writer { latent, rope: &rope, cache: &cache, norm: &norm, places: &places, tapped };
+            let (query, written) = (absorb.query(&rope, &q, &positions), writer.run(&kv, None));
+            let variant = absorb
+                .shapes(absorb.kv_b.plug(Variant::new("absorb_write")))
+                .latent(latent)
+                .flag("interleave", rope.interleave)
+                .flag("tapped", tapped)
+                .int("ROPE", rope_dim)
+                .int("ROPE_PAIRS", rope_dim / 2)
+                .int("MAX_PAGES", max_pages)
+                .int("WG", 64)
+                .float("EPS", EPS);
+            let mut call = absorb
+                .call(&variant, (0, heads))
+                .floats("q", &q)
+                .floats("kv", &kv)
+                .floats("norm", &norm)
+                .floats("angles", &angles(&rope, CONTEXT))
+                .words("tokens", &tokens(&places))
+                .words("pages", &cache.table)
+                .words("cache", &cache.words)
+                .output("y", query.len());
+            if tapped {
+                call = call.output("result", kv.len());
+            }
+            let columns = rank.div_ceil(4) + rope_dim / 2;
+            let both = call.run([columns.div_ceil(64), heads + 1, places.len()]);
+            assert_eq!(both.words("y"), bits(&query), "{format:?}");
+            assert_eq!(both.words("cache"), written.words("cache"), "{latent:?}");
+            if tapped {
+                assert_eq!(both.words("result"), written.words("result"), "{latent:?}");
+            }
+        }
     }
 }
 

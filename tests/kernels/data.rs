@@ -22,9 +22,10 @@ const fn tolerance(kernel: &'static str, bound: f64, reason: &'static str) -> To
 }
 
 /// An f32 operation is off by at most 6e-8.
-pub const TOLERANCES: [Tolerance; 21] = [
+pub const TOLERANCES: [Tolerance; 22] = [
     tolerance("absorb_output", 1e-6, "sums of up to 520 products, in four or more partial sums"),
     tolerance("absorb_query", 1e-6, "sums of up to 128 products, one after the other; angles from two f32 factors"),
+    tolerance("absorb_write", 0.0, "the bits of absorb_query and latent_write"),
     tolerance("accept", 0.0, "integers"),
     tolerance("embed", 1.2e-7, "at most one product"),
     tolerance("experts_down", 1e-6, "two sums and their products"),

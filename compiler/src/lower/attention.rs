@@ -9,10 +9,34 @@ use crate::pack::Matrix;
 use crate::select::{self, FEW_TOKENS, WORKGROUP};
 
 impl Lowering<'_, '_> {
-    pub(super) fn latent_write(&mut self, node: &Node, layer: usize, norm: Norm, mla: &Mla, row: Value) -> Result<()> {
+    pub(super) fn latent_write(
+        &mut self,
+        node: &Node,
+        kv: Value,
+        layer: usize,
+        norm: Norm,
+        mla: &Mla,
+        row: Value,
+    ) -> Result<()> {
+        let (slots, flags) = self.latent_row(node, kv, layer, norm, mla, row)?;
+        let variant = self.selector.latent_write(mla, norm.eps, self.max_pages(), &flags);
+        let cost = self.latent_cost(mla);
+        self.emit(node, &variant, &slots, [Dim::Symbol(Symbol::Tokens), ONE, ONE], [0; 4], cost)
+    }
+
+    /// What writing a latent row binds, and its flags.
+    fn latent_row(
+        &mut self,
+        node: &Node,
+        kv: Value,
+        layer: usize,
+        norm: Norm,
+        mla: &Mla,
+        row: Value,
+    ) -> Result<(Vec<(&'static str, Slot)>, [(&'static str, bool); 3])> {
         let (tapped, edit) = (self.values.contains_key(&row), self.graph.parameters);
         let mut slots = vec![
-            ("kv", Slot::Value(node.inputs[0])),
+            ("kv", Slot::Value(kv)),
             ("norm", self.vector(norm.weight)?),
             ("angles", self.angles()?),
             ("tokens", self.role(Role::Tokens)),
@@ -25,37 +49,65 @@ impl Lowering<'_, '_> {
         if edit {
             slots.push(("latent_scale", self.parameter(node, ParameterKind::LatentScale, mla.rank)?));
         }
-        let max_pages = select::max_pages(self.config.max_position_embeddings);
-        let flags = [("interleave", self.config.rope.interleave), ("tapped", tapped), ("edit", edit)];
-        let variant = self.selector.latent_write(mla, norm.eps, max_pages, &flags);
-        let numbers = (mla.rank + mla.rope) as u64;
-        let words = self.selector.latent().words(mla.rank as u64, mla.rope as u64);
-        let cost = Cost { token_bytes: 4 * (numbers + words), ..Cost::default() };
-        self.emit(node, &variant, &slots, [Dim::Symbol(Symbol::Tokens), ONE, ONE], [0; 4], cost)
+        Ok((slots, [("interleave", self.config.rope.interleave), ("tapped", tapped), ("edit", edit)]))
     }
 
-    pub(super) fn absorb_query(&mut self, node: &Node, kv_b: WeightId, mla: &Mla, y: Value) -> Result<()> {
+    fn latent_cost(&self, mla: &Mla) -> Cost {
+        let words = self.selector.latent().words(mla.rank as u64, mla.rope as u64);
+        Cost { token_bytes: 4 * ((mla.rank + mla.rope) as u64 + words), ..Cost::default() }
+    }
+
+    fn max_pages(&self) -> usize {
+        select::max_pages(self.config.max_position_embeddings)
+    }
+
+    /// Query and latent row in one step where a kernel can bind all that both need, else one for each.
+    pub(super) fn absorb_write(
+        &mut self,
+        node: &Node,
+        kv_b: WeightId,
+        layer: usize,
+        norm: Norm,
+        mla: &Mla,
+        [y, row]: [Value; 2],
+    ) -> Result<()> {
+        let [q, kv] = node.inputs[..] else { unreachable!("verified") };
+        let matrix = self.matrix(kv_b, mla.nope + mla.v)?;
+        let (mut slots, flags) = self.latent_row(node, kv, layer, norm, mla, row)?;
+        let variant = self.selector.absorb_write(matrix.stored, mla, norm.eps, self.max_pages(), &flags);
+        if matrix.shards.len() > 1 || !self.fits(&variant)? {
+            self.latent_write(node, kv, layer, norm, mla, row)?;
+            return self.absorb_query(node, q, kv_b, mla, y);
+        }
+        slots.extend([
+            ("part", Slot::Params),
+            ("q", Slot::Value(q)),
+            ("kv_b", Slot::Weight(matrix.weight, 0)),
+            ("y", Slot::Value(y)),
+        ]);
+        slots.extend(matrix.scales.map(|scales| ("kv_b_scale", Slot::Weight(scales, 0))));
+        let heads = mla.heads as u64;
+        let cost = query_cost(mla, heads, &matrix);
+        let cost = Cost { token_bytes: cost.token_bytes + self.latent_cost(mla).token_bytes, ..cost };
+        let grid = [Dim::Const(query_groups(mla)), Dim::Const(heads + 1), Dim::Symbol(Symbol::Tokens)];
+        self.emit(node, &variant, &slots, grid, [0, heads as u32, 0, 0], cost)
+    }
+
+    pub(super) fn absorb_query(&mut self, node: &Node, q: Value, kv_b: WeightId, mla: &Mla, y: Value) -> Result<()> {
         let matrix = self.matrix(kv_b, mla.nope + mla.v)?;
         let variant = self.selector.absorb_query(matrix.stored, mla, self.config.rope.interleave);
         for (shard, heads) in head_shards(&matrix, mla).into_iter().enumerate() {
             let mut slots = vec![
                 ("part", Slot::Params),
-                ("q", Slot::Value(node.inputs[0])),
+                ("q", Slot::Value(q)),
                 ("kv_b", Slot::Weight(matrix.weight, shard as u32)),
                 ("angles", self.angles()?),
                 ("tokens", self.role(Role::Tokens)),
                 ("y", Slot::Value(y)),
             ];
             slots.extend(matrix.scales.map(|scales| ("kv_b_scale", Slot::Weight(scales, 0))));
-            let columns = mla.rank.div_ceil(4) + mla.rope / 2;
-            let grid =
-                [Dim::Const(columns.div_ceil(WORKGROUP) as u64), Dim::Const(heads.1), Dim::Symbol(Symbol::Tokens)];
-            let cost = Cost {
-                fixed_bytes: heads.1 * mla.nope as u64 * matrix.row_bytes,
-                token_bytes: 4 * heads.1 * (mla.nope + mla.rank + 2 * mla.rope) as u64,
-                token_flops: 2 * heads.1 * (mla.nope * mla.rank) as u64,
-                ..Cost::default()
-            };
+            let grid = [Dim::Const(query_groups(mla)), Dim::Const(heads.1), Dim::Symbol(Symbol::Tokens)];
+            let cost = query_cost(mla, heads.1, &matrix);
             self.emit(node, &variant, &slots, grid, [heads.0 as u32, heads.1 as u32, 0, 0], cost)?;
         }
         Ok(())
@@ -146,6 +198,21 @@ impl Lowering<'_, '_> {
             self.emit(node, &variant, &slots, grid, [heads.0 as u32, heads.1 as u32, 0, 0], cost)?;
         }
         Ok(())
+    }
+}
+
+/// Workgroups for the query of a head.
+fn query_groups(mla: &Mla) -> u64 {
+    (mla.rank.div_ceil(4) + mla.rope / 2).div_ceil(WORKGROUP) as u64
+}
+
+/// Cost of absorbing the queries of so many heads.
+fn query_cost(mla: &Mla, heads: u64, matrix: &Matrix) -> Cost {
+    Cost {
+        fixed_bytes: heads * mla.nope as u64 * matrix.row_bytes,
+        token_bytes: 4 * heads * (mla.nope + mla.rank + 2 * mla.rope) as u64,
+        token_flops: 2 * heads * (mla.nope * mla.rank) as u64,
+        ..Cost::default()
     }
 }
 

@@ -3,6 +3,7 @@
 //! A rewrite never swallows a value that is tapped or that anything else reads.
 
 mod absorb_mla;
+mod absorb_write;
 mod experts;
 mod latent_write;
 mod mtp_join;
@@ -54,6 +55,11 @@ pub const PASSES: &[Pass] = &[
     Pass { name: "mtp_join", what: "both norms and the joining of a draft module become one", run: mtp_join::run },
     Pass { name: "norm", what: "a norm moves into every matrix product that reads it", run: norm::run },
     Pass { name: "residual", what: "the sum after a matrix product moves into it", run: residual::run },
+    Pass {
+        name: "absorb_write",
+        what: "absorption of the query and write of the latent become one",
+        run: absorb_write::run,
+    },
     Pass { name: "pair", what: "two products of one input become one", run: pair::run },
     Pass {
         name: "shared_experts",

@@ -121,6 +121,10 @@ impl Step<'_, '_, '_> {
                 outputs.push(logits);
                 outputs
             }
+            Op::AbsorbWrite { kv_b, layer, norm, mla } => {
+                let query = self.rotated(self.inputs[0], mla.nope + mla.rope, mla.rope);
+                vec![self.absorbed(kv_b, &mla, &query), self.latent_row(self.inputs[1], layer, &norm, &mla)]
+            }
             Op::LinearPair { first, second, norm } => {
                 let x = self.prologue(norm.as_ref());
                 [first, second].map(|weight| ops::linear(&x, self.weight(weight), None, self.width(0))).into()
@@ -217,12 +221,7 @@ impl Step<'_, '_, '_> {
                 let (latent, key) = (self.inputs[0].to_vec(), self.inputs[1].to_vec());
                 self.write(layer, &latent, &key)
             }
-            Op::LatentWrite { layer, norm, mla } => {
-                let (latent, key) = ops::split_rows(self.inputs[0], mla.rank + mla.rope, mla.rank);
-                let latent = self.norm(&latent, &norm);
-                let key = self.rotated(&key, mla.rope, mla.rope);
-                self.write(layer, &latent, &key)
-            }
+            Op::LatentWrite { layer, norm, mla } => self.latent_row(self.inputs[0], layer, &norm, &mla),
             Op::Attention { layer, kv_b, mla } => {
                 let kv_b = self.weight(kv_b);
                 ops::mla_naive(&dims(&mla), kv_b, self.inputs[0], &self.batch.positions, &self.cache(layer))
@@ -332,6 +331,13 @@ impl Step<'_, '_, '_> {
             }
         }
         out
+    }
+
+    fn latent_row(&mut self, kv: &[f64], layer: usize, norm: &Norm, mla: &Mla) -> Vec<f64> {
+        let (latent, key) = ops::split_rows(kv, mla.rank + mla.rope, mla.rank);
+        let latent = self.norm(&latent, norm);
+        let key = self.rotated(&key, mla.rope, mla.rope);
+        self.write(layer, &latent, &key)
     }
 
     fn write(&mut self, layer: usize, latent: &[f64], key: &[f64]) -> Vec<f64> {
