@@ -7,7 +7,7 @@ mod cli;
 use std::path::Path;
 
 use cli::{golden, moewe, read_json, root, tiny_bundle};
-use moewe_plan::{Binding, Bundle, Plan, Precision, ProgramKind};
+use moewe_plan::{Binding, Bundle, Latent, Plan, Precision, ProgramKind};
 use serde_json::{Value, json};
 
 fn near(found: f64, expected: f64, tolerance: f64) {
@@ -346,7 +346,8 @@ fn beginnings_are_found_in_memory_and_on_disk() {
     let options = ["--prompt-tokens", "70,78,64,20", "--batch", "1", "--context", "0", "--decode-tokens", "1"];
     let config = read_json(&golden("v3-tiny").join("config.json"));
     let size = |field: &str| config[field].as_u64().unwrap();
-    let page = size("num_hidden_layers") * 64 * (size("kv_lora_rank") + size("qk_rope_head_dim")) * 4;
+    let row = Latent::F32.words(size("kv_lora_rank"), size("qk_rope_head_dim"));
+    let page = size("num_hidden_layers") * 64 * row * 4;
     let plan = Bundle::open(tiny_bundle()).unwrap().plan;
     for chunk in ["256", "50"] {
         let more = ["--repeat", "2", "--mtp", "off", "--json", "--prefill-chunk", chunk];

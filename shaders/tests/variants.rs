@@ -63,7 +63,9 @@ fn with_shapes(kernel: &'static str) -> Variant {
 fn plugs(variant: &Variant, skeleton: &Skeleton) -> Vec<Variant> {
     let mut all = vec![variant.clone()];
     if skeleton.weight || skeleton.matrix {
-        all = all.iter().flat_map(|v| FORMATS.map(|format| v.clone().weight(format))).collect();
+        // Flags meet one format without scales, and one with each kind of them; all formats meet a kernel without flags.
+        let each = if variant.flags.is_empty() { &FORMATS[..] } else { &[WeightFormat::Bf16, FORMATS[3], FORMATS[5]] };
+        all = all.iter().flat_map(|v| each.iter().map(|&format| v.clone().weight(format))).collect();
     }
     if skeleton.matrix {
         all = all.iter().flat_map(|v| [v.clone(), v.clone().int("K", 64).wide(true)]).collect();

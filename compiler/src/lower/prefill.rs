@@ -118,11 +118,11 @@ impl Lowering<'_, '_> {
             for (name, scale_name, matrix) in matrices {
                 slots.push((name, Slot::Weight(matrix.weight, shard as u32)));
                 slots.extend(matrix.scales.map(|scales| (*scale_name, Slot::Weight(scales, 0))));
-                cost.fixed_bytes += count * n as u64 * matrix.row_bytes;
-                // The chosen experts are spread over the shards.
+                // The chosen experts are spread over the shards. That tokens share them is left to who knows how many do.
+                cost.token_bytes += (top_k * n) as u64 * matrix.row_bytes / shards.len() as u64;
                 cost.token_flops += (2 * top_k * n * k) as u64 / shards.len() as u64;
             }
-            cost.token_bytes = (4 * top_k * (n + k)) as u64 / shards.len() as u64;
+            cost.token_bytes += (4 * top_k * (n + k)) as u64 / shards.len() as u64;
             let tiles =
                 Dim::Tiles { of: Symbol::Tokens, each: top_k as u64, size: sorted.tile, groups: sorted.experts };
             let grid = [Dim::Const((n as u64).div_ceil(tiled.rows)), tiles, ONE];

@@ -139,9 +139,10 @@ impl Machine<'_> {
         self.rates.floor(all_bytes, all_flops)
     }
 
-    /// Bytes of a step when no expert is read twice. Its cost has each token read its own.
+    /// Bytes of a step when no expert is read twice. Its cost has each token read its own, shared ones among them.
     fn without_repeated_experts(&self, step: &Step, load: &Load, bytes: f64) -> f64 {
         let info = &self.plan.model;
+        let mut shared = 0.0;
         let (experts, per_token) = (f64::from(info.experts), f64::from(info.num_experts_per_tok));
         let layout = &self.plan.kernels[step.kernel as usize].bindings;
         let bound = step.bindings.iter().zip(layout).map(|(binding, layout)| match *binding {
@@ -149,6 +150,9 @@ impl Machine<'_> {
             Binding::Weight { weight, shard } if !layout.name.ends_with("_scale") => {
                 let weight = &self.plan.weights[weight as usize];
                 let is_stacked = weight.shape.len() == 3;
+                if is_stacked {
+                    shared = weight.shape[0] as f64 - f64::from(info.experts);
+                }
                 let codes = weight.shards[shard as usize].count * weight.slice_bytes().unwrap_or(0);
                 let groups =
                     if weight.format.is_grouped() { codes * 8 / weight.format.bits() / SCALE_GROUP } else { 0 };
@@ -160,8 +164,8 @@ impl Machine<'_> {
         if stacked == 0 || experts == 0.0 {
             return bytes;
         }
-        let one = stacked as f64 / experts;
-        let repeated = load.tokens as f64 * per_token - distinct(experts, per_token, load.tokens as f64);
+        let (one, tokens) = (stacked as f64 / (experts + shared), load.tokens as f64);
+        let repeated = tokens * (per_token + shared) - (distinct(experts, per_token, tokens) + shared);
         (bytes - repeated * one).max(0.0)
     }
 }
