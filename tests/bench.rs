@@ -238,13 +238,16 @@ fn moved(plan: &Plan, kind: ProgramKind, (tokens, rows): (u32, u32), context: u3
         bytes += step.cost.fixed_bytes as f64 + f64::from(times) * step.cost.token_bytes as f64;
         bytes += f64::from(context + tokens) * step.cost.context_bytes as f64;
         for binding in &step.bindings {
-            // Experts that several tokens choose are read once. The tiny models have no shards and no scales.
+            // Experts that several tokens choose are read once, and so are shared ones, which all choose. The tiny models have
+            // no shards and no scales.
             if let Binding::Weight { weight, .. } = binding
                 && plan.weights[*weight as usize].shape.len() == 3
                 && step.label.contains("experts")
             {
-                let one = plan.weights[*weight as usize].bytes() as f64 / experts;
-                bytes -= (f64::from(tokens) * each - distinct) * one;
+                let weight = &plan.weights[*weight as usize];
+                let (all, tokens) = (weight.shape[0] as f64, f64::from(tokens));
+                let shared = all - experts;
+                bytes -= (tokens * (each + shared) - (distinct + shared)) * weight.bytes() as f64 / all;
             }
         }
     }
