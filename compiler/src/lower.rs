@@ -19,6 +19,7 @@ use crate::graph::{Asked, Graph, Node, NodeId, Norm, Op, Rows, Value, WeightId};
 use crate::memory::{Buffers, assign, symbol};
 use crate::pack::{Matrix, Packer};
 use crate::select::{self, MAX_ROWS, Selector, Tiled, WORKGROUP};
+use router::Routed;
 
 /// Name of the RoPE table among the weights.
 const ANGLES: &str = "moewe.rope_angles";
@@ -291,10 +292,12 @@ impl Lowering<'_, '_> {
             Op::LatentAttention { layer, mla } => self.latent_attention(node, *layer, mla, out(0)),
             Op::AbsorbOutput { kv_b, mla } => self.absorb_output(node, *kv_b, mla, out(0)),
             Op::Router { rule, bias, shared } => {
-                self.router(node, node.inputs[0], rule, *bias, *shared, [out(0), out(1)])
+                let routed = Routed { rule, bias: *bias, shared: *shared };
+                self.router(node, node.inputs[0], routed, [out(0), out(1)])
             }
             Op::RouterProduct { weight, norm, rule, bias, shared } => {
-                self.router_product(node, *weight, *norm, rule, *bias, *shared, [out(0), out(1), out(2)])
+                let routed = Routed { rule, bias: *bias, shared: *shared };
+                self.router_product(node, *weight, *norm, routed, [out(0), out(1), out(2)])
             }
             Op::ExpertGateUp { gate, up, norm } => self.experts_gate_up(node, *gate, *up, *norm, out(0)),
             Op::ExpertDown { weight } => self.experts_down(node, *weight, out(0)),
@@ -441,6 +444,7 @@ impl Lowering<'_, '_> {
     }
 
     /// The steps of a product, one for each shard of its matrices.
+    #[expect(clippy::too_many_arguments, reason = "each product has its own of all of them")]
     fn matrix_steps(
         &mut self,
         node: &Node,

@@ -172,20 +172,11 @@ impl Selector<'_> {
             .flag("residual", residual)
     }
 
-    /// Router with the product that it judges by; as [`router`].
-    pub fn router_product(
-        &self,
-        stored: Stored,
-        k: usize,
-        eps: Option<f64>,
-        rule: &RouterRule,
-        bias: bool,
-        shared: usize,
-        edit: bool,
-    ) -> Variant {
-        let tail = rule.experts as u64 > self.rows_per_workgroup();
+    /// Router with the product that it judges by.
+    pub fn router_product(&self, stored: Stored, k: usize, eps: Option<f64>, routing: &Routing) -> Variant {
+        let tail = routing.rule.experts as u64 > self.rows_per_workgroup();
         let variant = self.rows_of_matrix("router_product", stored, k).int("K", k).flag("tail", tail);
-        with_norm(routing(variant, rule, bias, shared, edit), eps)
+        with_norm(routing.plug(variant), eps)
     }
 
     /// Value half of absorbed attention. `edit`: heads are scaled by a parameter. `splits`: as in the attention before it.
@@ -292,26 +283,41 @@ pub const WORKGROUP: usize = 64;
 /// Rows of logits that a batch may ask for: one workgroup of `accept` has an invocation for each.
 pub const MAX_ROWS: usize = WORKGROUP;
 
-/// Router. `edit`: parameters change selection scores and weights; `shared` experts follow the chosen ones.
-pub fn router(rule: &RouterRule, bias: bool, shared: usize, edit: bool) -> Variant {
-    routing(Variant::new("router").int("WG", WORKGROUP), rule, bias, shared, edit)
+/// How a router chooses.
+#[derive(Clone, Copy, Debug)]
+pub struct Routing<'a> {
+    /// The rule.
+    pub rule: &'a RouterRule,
+    /// Whether a bias is added to scores.
+    pub bias: bool,
+    /// Shared experts, which follow the chosen ones.
+    pub shared: usize,
+    /// Whether parameters change selection scores and weights.
+    pub edit: bool,
 }
 
-fn routing(variant: Variant, rule: &RouterRule, bias: bool, shared: usize, edit: bool) -> Variant {
-    let groups = rule.limits_groups();
-    let variant = variant
-        .flag("bias", bias)
-        .flag("edit", edit)
-        .flag("groups", groups)
-        .flag("normalise", rule.normalise)
-        .flag("softmax", rule.scoring == Scoring::Softmax)
-        .flag("top2", rule.method == TopkMethod::NoauxTc)
-        .int("E", rule.experts)
-        .int("TOP_K", rule.top_k)
-        .int("SHARED", shared)
-        .int("N_GROUP", if groups { rule.n_group } else { 1 })
-        .float("SCALE", rule.scale);
-    if groups { variant.int("TOPK_GROUP", rule.topk_group) } else { variant }
+impl Routing<'_> {
+    fn plug(&self, variant: Variant) -> Variant {
+        let (rule, groups) = (self.rule, self.rule.limits_groups());
+        let variant = variant
+            .flag("bias", self.bias)
+            .flag("edit", self.edit)
+            .flag("groups", groups)
+            .flag("normalise", rule.normalise)
+            .flag("softmax", rule.scoring == Scoring::Softmax)
+            .flag("top2", rule.method == TopkMethod::NoauxTc)
+            .int("E", rule.experts)
+            .int("TOP_K", rule.top_k)
+            .int("SHARED", self.shared)
+            .int("N_GROUP", if groups { rule.n_group } else { 1 })
+            .float("SCALE", rule.scale);
+        if groups { variant.int("TOPK_GROUP", rule.topk_group) } else { variant }
+    }
+}
+
+/// Router.
+pub fn router(routing: &Routing) -> Variant {
+    routing.plug(Variant::new("router").int("WG", WORKGROUP))
 }
 
 /// Standalone norm.

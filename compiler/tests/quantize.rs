@@ -1,6 +1,8 @@
 //! Weights of 8 and 4 bits: what scales and codes leave over, where their bytes stand, and what is refused. Bundles are decoded
 //! here in f64, from the layout alone.
 
+#![expect(clippy::float_cmp, reason = "what was quantised before must stay the very same numbers")]
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -2,6 +2,7 @@
 
 /// A kernel source with its sockets.
 #[derive(Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "one for each socket")]
 pub struct Skeleton {
     /// Name, also the file's.
     pub name: &'static str,

@@ -8,6 +8,9 @@ use crate::graph::{Mla, Node, Norm, Value, WeightId};
 use crate::pack::Matrix;
 use crate::select::{self, FEW_TOKENS, WORKGROUP};
 
+/// What is bound to the bindings of a kernel, by their names.
+type Slots = Vec<(&'static str, Slot)>;
+
 impl Lowering<'_, '_> {
     pub(super) fn latent_write(
         &mut self,
@@ -33,7 +36,7 @@ impl Lowering<'_, '_> {
         norm: Norm,
         mla: &Mla,
         row: Value,
-    ) -> Result<(Vec<(&'static str, Slot)>, [(&'static str, bool); 3])> {
+    ) -> Result<(Slots, [(&'static str, bool); 3])> {
         let (tapped, edit) = (self.values.contains_key(&row), self.graph.parameters);
         let mut slots = vec![
             ("kv", Slot::Value(kv)),

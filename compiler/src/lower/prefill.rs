@@ -99,6 +99,7 @@ impl Lowering<'_, '_> {
 
     /// The steps of one product of sorted slots, one for each shard of its matrices of `[n, k]` numbers. Its workgroups stand at
     /// `word` of the buffer that the sorting step wrote.
+    #[expect(clippy::too_many_arguments, reason = "each product has its own of all of them")]
     fn sorted_steps(
         &mut self,
         node: &Node,

@@ -5,7 +5,7 @@ use moewe_plan::{Cost, DType, Dim, ParameterKind, Role, Symbol};
 use super::{Lowering, ONE, Slot};
 use crate::error::Result;
 use crate::graph::{Node, Norm, RouterRule, Value, WeightId};
-use crate::select;
+use crate::select::{self, Routing};
 
 /// Name of the counts of workgroups that have left their logits; zeros between dispatches.
 const ARRIVED: &str = "router.arrived";
@@ -16,16 +16,13 @@ impl Lowering<'_, '_> {
         &mut self,
         node: &Node,
         logits: Value,
-        rule: &RouterRule,
-        bias: Option<WeightId>,
-        shared: usize,
+        routed: Routed,
         [ids, weights]: [Value; 2],
     ) -> Result<()> {
         let mut slots =
             vec![("logits", Slot::Value(logits)), ("ids", Slot::Value(ids)), ("weights", Slot::Value(weights))];
-        let edit = self.routing(node, rule, bias, &mut slots)?;
-        let variant = select::router(rule, bias.is_some(), shared, edit);
-        let cost = Cost { token_bytes: routing_bytes(rule, shared), ..Cost::default() };
+        let variant = select::router(&self.routing(node, routed, &mut slots)?);
+        let cost = Cost { token_bytes: routed.bytes(), ..Cost::default() };
         self.emit(node, &variant, &slots, [Dim::Symbol(Symbol::Tokens), ONE, ONE], [0; 4], cost)
     }
 
@@ -36,9 +33,7 @@ impl Lowering<'_, '_> {
         node: &Node,
         weight: WeightId,
         norm: Option<Norm>,
-        rule: &RouterRule,
-        bias: Option<WeightId>,
-        shared: usize,
+        routed: Routed,
         [ids, weights, logits]: [Value; 3],
     ) -> Result<()> {
         let x = node.inputs[0];
@@ -51,21 +46,21 @@ impl Lowering<'_, '_> {
             ("w", Slot::Weight(matrix.weight, 0)),
         ];
         let eps = self.norm(norm, &mut slots)?;
-        let edit = self.routing(node, rule, bias, &mut slots)?;
+        let routing = self.routing(node, routed, &mut slots)?;
         let k = self.len(x);
         let alone = self.selector.tile == 1 && matrix.scales.is_none() && matrix.shards.len() == 1;
-        let variant = self.selector.router_product(matrix.stored, k, eps, rule, bias.is_some(), shared, edit);
+        let variant = self.selector.router_product(matrix.stored, k, eps, &routing);
         if !alone || !self.fits(&variant)? {
             self.linear(node, weight, None, norm, logits)?;
-            return self.router(node, logits, rule, bias, shared, [ids, weights]);
+            return self.router(node, logits, routed, [ids, weights]);
         }
         // A buffer of its own: nothing else may be written there between two dispatches.
         let arrived = self.shared.buffers.get(ARRIVED, DType::U32, Dim::Symbol(Symbol::Tokens), Role::Scratch);
         slots.push(("arrived", Slot::Buffer(arrived)));
-        let experts = rule.experts as u64;
+        let experts = routed.rule.experts as u64;
         let cost = Cost {
             fixed_bytes: experts * matrix.row_bytes,
-            token_bytes: routing_bytes(rule, shared) + 4 * k as u64,
+            token_bytes: routed.bytes() + 4 * k as u64,
             token_flops: 2 * experts * k as u64,
             ..Cost::default()
         };
@@ -73,14 +68,14 @@ impl Lowering<'_, '_> {
         self.emit(node, &variant, &slots, [Dim::Const(groups), Dim::Symbol(Symbol::Tokens), ONE], [0; 4], cost)
     }
 
-    /// What the choosing binds beside logits and results. Whether parameters change it.
-    fn routing(
+    /// What the choosing binds beside logits and results, and how it goes.
+    fn routing<'r>(
         &mut self,
         node: &Node,
-        rule: &RouterRule,
-        bias: Option<WeightId>,
+        routed: Routed<'r>,
         slots: &mut Vec<(&'static str, Slot)>,
-    ) -> Result<bool> {
+    ) -> Result<Routing<'r>> {
+        let Routed { rule, bias, shared } = routed;
         if let Some(bias) = bias {
             slots.push(("bias", self.vector(bias)?));
         }
@@ -91,11 +86,21 @@ impl Lowering<'_, '_> {
                 ("expert_scale", self.parameter(node, ParameterKind::ExpertScale, rule.experts)?),
             ]);
         }
-        Ok(edit)
+        Ok(Routing { rule, bias: bias.is_some(), shared, edit })
     }
 }
 
-/// Bytes of logits, ids and weights of a token.
-fn routing_bytes(rule: &RouterRule, shared: usize) -> u64 {
-    4 * (rule.experts + 2 * (rule.top_k + shared)) as u64
+/// What a router is to do, as the graph says it.
+#[derive(Clone, Copy)]
+pub(super) struct Routed<'a> {
+    pub(super) rule: &'a RouterRule,
+    pub(super) bias: Option<WeightId>,
+    pub(super) shared: usize,
+}
+
+impl Routed<'_> {
+    /// Bytes of logits, ids and weights of a token.
+    fn bytes(&self) -> u64 {
+        4 * (self.rule.experts + 2 * (self.rule.top_k + self.shared)) as u64
+    }
 }
