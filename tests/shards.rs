@@ -64,7 +64,7 @@ fn assert_cut(bundle: &Bundle, kinds: &[&str]) {
 /// At the smallest limit a sequence has one page or two, so only the shorter ones fit.
 #[test]
 fn golden_models_at_the_smallest_limit() {
-    let experts = ["embed_tokens", "experts.gate_proj", "experts.up_proj", "experts.down_proj"];
+    let cut_everywhere = ["embed_tokens", "experts.gate_proj", "experts.up_proj", "experts.down_proj"];
     let models: [(&str, &[&str]); 4] = [
         ("golden/v3-tiny", &["lm_head", "head", "gate_proj", "up_proj", "down_proj", "q_b_proj", "o_proj", "eh_proj"]),
         ("golden/v3-fp8-tiny", &["lm_head", "head", "gate_proj", "up_proj", "down_proj", "o_proj", "eh_proj"]),
@@ -82,7 +82,8 @@ fn golden_models_at_the_smallest_limit() {
             weight.shards.iter().map(move |shard| shard.count * slice)
         });
         assert!(largest.max().unwrap() <= limit);
-        assert_cut(&compiled, &experts);
+        // A page of latents of the odd model is larger than its experts.
+        assert_cut(&compiled, &cut_everywhere[..if dir == "data/v3-odd-tiny" { 1 } else { 4 }]);
         let shards = shards(&compiled);
         println!("{dir} at {limit} bytes: {shards:?}");
         let any = |kind: &&str| {
