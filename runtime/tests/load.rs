@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use common::{gpu, load, options, plan, write_bundle};
-use moewe_plan::{Buffer, Bundle, DType, Dim, Kernel, Plan, ProgramKind, Role, Symbol};
+use moewe_plan::{Buffer, Bundle, DType, Dim, FORMAT_VERSION, Kernel, Plan, ProgramKind, Role, Symbol};
 use moewe_runtime::{Error, Gpu, Model, Progress, Result, Selector, Session, SessionOptions};
 
 fn bundle() -> (tempfile::TempDir, PathBuf) {
@@ -77,9 +77,10 @@ fn damaged_bundles_are_refused() {
     }
     let error = damage("manifest.json", &|bytes| {
         let text = String::from_utf8(bytes.clone()).unwrap();
-        *bytes = text.replace("\"format_version\": 4", "\"format_version\": 7").into_bytes();
+        let version = format!("\"format_version\": {FORMAT_VERSION}");
+        *bytes = text.replace(&version, "\"format_version\": 77").into_bytes();
     });
-    assert!(error.contains("bundle format 7, this moewe reads format 4"), "{error}");
+    assert!(error.contains(&format!("bundle format 77, this moewe reads format {FORMAT_VERSION}")), "{error}");
     let error = open_and_load(Path::new("/no/such/bundle")).unwrap_err().to_string();
     assert!(error.contains("/no/such/bundle") && error.contains("moewe compile"), "{error}");
 }
