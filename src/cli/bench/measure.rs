@@ -68,6 +68,7 @@ impl Clock {
 
 /// Seconds that processors spent on this process so far.
 #[cfg(unix)]
+#[expect(clippy::unnecessary_wraps, reason = "other systems do not tell")]
 fn cpu_seconds() -> Option<f64> {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
     Some(time.tv_sec as f64 + time.tv_nsec as f64 * 1e-9)
@@ -209,7 +210,8 @@ fn fill(
     let full = (context - 1) / PAGE_TOKENS;
     let mut copies = vec![Vec::new(); batch as usize - 1];
     if !copies.is_empty() {
-        for page in session.pages_of(first)?[..full as usize].to_vec() {
+        let pages = session.pages_of(first)?[..full as usize].to_vec(); // the session changes while they are copied
+        for page in pages {
             let latents = session.read_page(page)?;
             for copy in &mut copies {
                 copy.push(session.load_page(&latents)?);
