@@ -123,7 +123,7 @@ impl Selector<'_> {
             (_, Some(_)) => Reduce::Subgroup,
             (_, None) => Reduce::Workgroup,
         };
-        let wide = k.is_multiple_of(BLOCK) && stored.scales.is_none_or(|scales| scales.block[1].is_multiple_of(BLOCK));
+        let wide = in_blocks(stored, k);
         scaled(Variant::new(kernel), stored)
             .reduce(reduce)
             .wide(wide)
@@ -276,6 +276,11 @@ impl Selector<'_> {
     pub fn embed(&self, stored: Stored, d: usize) -> Variant {
         scaled(Variant::new("embed"), stored).int("D", d).int("WG", WORKGROUP)
     }
+}
+
+/// Whether rows of `k` numbers divide into blocks, each with one scale.
+fn in_blocks(stored: Stored, k: usize) -> bool {
+    k.is_multiple_of(BLOCK) && stored.scales.is_none_or(|scales| scales.block[1].is_multiple_of(BLOCK))
 }
 
 /// Invocations of kernels that are bound by latency.

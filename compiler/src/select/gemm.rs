@@ -1,7 +1,7 @@
 //! Which kernels multiply matrices with many tokens: tiles of tokens that share what was loaded and decoded of a weight.
 
 use moewe_plan::Dim;
-use moewe_shaders::{BLOCK, Variant};
+use moewe_shaders::Variant;
 
 use super::{Selector, Stored, scaled, with_norm};
 use crate::graph::Rows;
@@ -72,7 +72,7 @@ impl Selector<'_> {
         experts: bool,
     ) -> Option<Tiled> {
         let gemm = self.profile.gemm?;
-        if self.tile == 1 || !wide(stored, k) {
+        if self.tile == 1 || !super::in_blocks(stored, k) {
             return None;
         }
         let gated = flags.contains(&("gated", true));
@@ -94,11 +94,6 @@ impl Selector<'_> {
         let variant = flags.iter().fold(variant, |variant, (flag, on)| variant.flag(flag, *on));
         Some(Tiled { variant: with_norm(variant, eps), rows, tokens })
     }
-}
-
-/// Whether rows divide into blocks, each with one scale.
-fn wide(stored: Stored, k: usize) -> bool {
-    k.is_multiple_of(BLOCK) && stored.scales.is_none_or(|scales| scales.block[1].is_multiple_of(BLOCK))
 }
 
 /// Sorts slots by expert. `grids`: workgroups for each tile, of both halves of the experts.
