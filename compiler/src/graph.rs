@@ -91,21 +91,10 @@ pub struct WeightRef {
     pub name: String,
     /// Number of experts that are stacked.
     pub experts: Option<usize>,
-    /// Shared experts that stand behind them, as further experts.
-    pub shared: Option<SharedExperts>,
+    /// Name in the checkpoint of a shared expert's tensor, which stands behind them as one expert more.
+    pub shared: Option<String>,
     /// Shape of one tensor: `[rows, columns]`, or `[length]` for vectors.
     pub shape: Vec<usize>,
-}
-
-/// A tensor of the checkpoint that joins several shared experts in one matrix, taken apart again.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SharedExperts {
-    /// Name in the checkpoint.
-    pub name: String,
-    /// Number of experts in it.
-    pub count: usize,
-    /// Whether they stand beside one another (columns) instead of below one another (rows).
-    pub beside: bool,
 }
 
 /// One operation with its inputs.
@@ -155,8 +144,6 @@ pub struct Graph {
     /// Whether routers, cache writes and attention heads read the plan's parameters
     /// ([`moewe_plan::ParameterKind`]). As long as those are neutral, that makes no difference.
     pub parameters: bool,
-    /// Whether shared experts can be taken apart into matrices like those of routed ones: blocks of scales must not be cut.
-    pub divides_shared: bool,
 }
 
 /// Why a graph is not sound.

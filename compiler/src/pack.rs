@@ -74,7 +74,7 @@ impl<'a> Packer<'a> {
             None => vec![weight.name.clone()],
             Some(experts) => {
                 let routed = (0..experts).map(|expert| weight.name.replace('*', &expert.to_string()));
-                routed.chain(weight.shared.iter().map(|shared| shared.name.clone())).collect()
+                routed.chain(weight.shared.clone()).collect()
             }
         }
     }
@@ -123,7 +123,7 @@ impl<'a> Packer<'a> {
         let shape = match weight.experts {
             None => vec![rows, columns],
             Some(experts) => {
-                vec![(experts + weight.shared.as_ref().map_or(0, |shared| shared.count)) as u64, rows, columns]
+                vec![(experts + usize::from(weight.shared.is_some())) as u64, rows, columns]
             }
         };
         let mut plan = Weight { name: weight.name.clone(), format, shape, shards: Vec::new() };

@@ -18,9 +18,6 @@ const HEAD: &str = "lm_head.weight";
 
 pub(super) fn build(config: &Config, target: Target, taps: &TapChoice, in_checkpoint: &dyn Fn(&str) -> bool) -> Graph {
     let mut decoder = Decoder { config, builder: Builder::default(), target, taps };
-    let block = config.quantization.as_ref().map_or([1, 1], |quantization| quantization.weight_block_size);
-    decoder.builder.graph.divides_shared =
-        config.n_shared_experts == 1 || block.iter().all(|block| config.moe_intermediate_size.is_multiple_of(*block));
     match target {
         Target::Forward => decoder.forward(),
         Target::Watch => decoder.watch(),

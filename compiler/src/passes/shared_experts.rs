@@ -1,11 +1,12 @@
-//! Shared experts become experts like the routed ones, which the router always names behind those it chose, with weight 1: their
-//! matrices stand behind those of the routed experts, and two dispatches are left instead of four.
+//! A shared expert as large as a routed one becomes an expert like them, which the router always names behind those it chose, with
+//! weight 1: its matrices stand behind those of the routed experts, and two dispatches are left instead of four. (Several shared
+//! experts are one larger network in the checkpoint, which stays what it is.)
 
 use super::{each_node, private, replace};
-use crate::graph::{Graph, NodeId, Op, SharedExperts, WeightId, WeightRef};
+use crate::graph::{Graph, NodeId, Op, WeightId, WeightRef};
 
 pub(super) fn run(graph: &mut Graph) -> usize {
-    if graph.divides_shared { each_node(graph, rewrite) } else { 0 }
+    each_node(graph, rewrite)
 }
 
 fn rewrite(graph: &mut Graph, id: NodeId) -> Option<()> {
@@ -28,25 +29,22 @@ fn rewrite(graph: &mut Graph, id: NodeId) -> Option<()> {
     if shared.inputs != [x] || shared_norm != norm || weights.node != ids.node {
         return None;
     }
-    let width = graph.weights[gate].shape[0];
-    let count = graph.weights[shared_gate].shape[0] / width;
-    if count != 1 || graph.weights[shared_gate].shape[0] != count * width {
+    if graph.weights[shared_gate].shape != graph.weights[gate].shape {
         return None;
     }
 
     let (gate_up_label, down_label) = (routed.label.clone(), node.label.clone());
-    let gate = stack(graph, gate, shared_gate, count, false);
-    let up = stack(graph, up, shared_up, count, false);
-    let down = stack(graph, down, shared_down, count, true);
-    replace(graph, ids.node, Op::Router { rule, bias, shared: count }, router.inputs, router.label);
+    let gate = stack(graph, gate, shared_gate);
+    let up = stack(graph, up, shared_up);
+    let down = stack(graph, down, shared_down);
+    replace(graph, ids.node, Op::Router { rule, bias, shared: 1 }, router.inputs, router.label);
     replace(graph, y.node, Op::ExpertGateUp { gate, up, norm }, vec![x, ids], gate_up_label);
     replace(graph, id, Op::ExpertDown { weight: down }, vec![y, ids, weights, a], down_label);
     Some(())
 }
 
-/// The matrices of routed experts with those of `count` shared ones behind them.
-fn stack(graph: &mut Graph, routed: WeightId, shared: WeightId, count: usize, beside: bool) -> WeightId {
-    let shared = Some(SharedExperts { name: graph.weights[shared].name.clone(), count, beside });
-    let weight = WeightRef { shared, ..graph.weights[routed].clone() };
-    graph.add_weight(weight)
+/// The matrices of routed experts with that of the shared one behind them.
+fn stack(graph: &mut Graph, routed: WeightId, shared: WeightId) -> WeightId {
+    let shared = Some(graph.weights[shared].name.clone());
+    graph.add_weight(WeightRef { shared, ..graph.weights[routed].clone() })
 }

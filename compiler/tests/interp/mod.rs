@@ -265,19 +265,19 @@ impl Step<'_, '_, '_> {
                     .collect()
             }
             Op::ExpertLinear { weight } => {
-                let each = |x: &[f64], expert| ops::linear(x, &self.expert_weight(*weight, expert), None, x.len());
+                let each = |x: &[f64], expert| ops::linear(x, self.expert_weight(*weight, expert), None, x.len());
                 self.for_chosen(self.inputs[0], each)
             }
             Op::ExpertGateUp { gate, up, norm } => {
                 let each = |x: &[f64], expert| {
-                    let product = |weight| ops::linear(x, &self.expert_weight(weight, expert), None, x.len());
+                    let product = |weight| ops::linear(x, self.expert_weight(weight, expert), None, x.len());
                     ops::swiglu(&product(*gate), &product(*up))
                 };
                 self.for_chosen(&self.prologue(norm.as_ref()), each)
             }
             Op::WeightedSum => self.weighted(self.inputs[0], self.inputs[1]),
             Op::ExpertDown { weight } => {
-                let each = |y: &[f64], expert| ops::linear(y, &self.expert_weight(*weight, expert), None, y.len());
+                let each = |y: &[f64], expert| ops::linear(y, self.expert_weight(*weight, expert), None, y.len());
                 let products = self.for_chosen(self.inputs[0], each);
                 ops::add(self.inputs[3], &self.weighted(&products, self.inputs[2]))
             }
@@ -368,22 +368,15 @@ impl Step<'_, '_, '_> {
         self.tensor(&weight.name, &weight.shape)
     }
 
-    /// The matrix of an expert; a shared one is cut out of the tensor that joins them.
-    fn expert_weight(&self, id: WeightId, expert: usize) -> Vec<f64> {
+    /// The matrix of an expert; the shared one is the last.
+    fn expert_weight(&self, id: WeightId, expert: usize) -> &[f64] {
         let weight = &self.graph.weights[id];
         let routed = weight.experts.expect("one matrix for each expert");
         if expert < routed {
-            return self.tensor(&weight.name.replace('*', &expert.to_string()), &weight.shape).to_vec();
+            return self.tensor(&weight.name.replace('*', &expert.to_string()), &weight.shape);
         }
-        let shared = weight.shared.as_ref().expect("an expert behind the routed ones");
-        let (at, [rows, columns]) = (expert - routed, weight.shape[..].try_into().expect("a matrix"));
-        assert!(at < shared.count, "expert {expert} of {}", weight.name);
-        if shared.beside {
-            let all = self.tensor(&shared.name, &[rows, shared.count * columns]);
-            all.chunks_exact(shared.count * columns).flat_map(|row| &row[at * columns..][..columns]).copied().collect()
-        } else {
-            self.tensor(&shared.name, &[shared.count * rows, columns])[at * rows * columns..][..rows * columns].to_vec()
-        }
+        assert_eq!(expert, routed, "an expert of {}", weight.name);
+        self.tensor(weight.shared.as_ref().expect("a shared expert"), &weight.shape)
     }
 
     fn tensor(&self, name: &str, shape: &[usize]) -> &[f64] {
