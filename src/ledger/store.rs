@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rusqlite::{Connection, OpenFlags, OptionalExtension, Row, Transaction, TransactionBehavior, params};
+use rusqlite::{Connection, OpenFlags, Row, Transaction, TransactionBehavior, params};
 
 use super::error::BUSY_SECONDS;
 use super::{Amount, Cost, LedgerError, now};
@@ -298,11 +298,11 @@ pub(super) fn connect(path: &Path, access: OpenFlags) -> Result<Connection, Ledg
 
 /// Whether the file has nothing in it. An error if what it has is not ours.
 pub(super) fn is_new(connection: &Connection, path: &Path) -> Result<bool, LedgerError> {
-    let read = || {
-        let number = |name| connection.pragma_query_value(None, name, |row| row.get::<_, i64>(0));
-        let something = connection.query_row("SELECT 1 FROM sqlite_schema", [], |_| Ok(())).optional()?.is_some();
-        Ok((number("application_id")?, number("user_version")?, something))
-    };
+    // One statement, so that all is of one moment: another process may be making the file.
+    let all =
+        "SELECT (SELECT application_id FROM pragma_application_id), (SELECT user_version FROM pragma_user_version),
+        EXISTS (SELECT 1 FROM sqlite_schema)";
+    let read = || connection.query_row(all, [], |row| Ok((row.get::<_, i64>(0)?, row.get(1)?, row.get(2)?)));
     match read().map_err(|error| LedgerError::of(path, &error))? {
         (0, 0, false) => Ok(true),
         (APPLICATION, VERSION, true) => Ok(false),
