@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use crate::cli::{demo, moewe, root};
-use crate::harness::{Answer, Server, chat, connect, long_chat};
+use crate::harness::{Answer, Server, chat, connect, long_chat, wait};
 
 #[test]
 fn it_says_when_it_is_ready() {
@@ -41,14 +41,16 @@ fn it_says_when_it_is_ready() {
 #[test]
 fn what_is_running_comes_to_its_end() {
     let mut server = Server::start(&["--drain-seconds", "100"]);
-    let mut stream = server.stream("/v1/chat/completions", &long_chat(300));
+    // Long enough behind the other that one request is left for more than the second between two looks.
+    let mut stream = server.stream("/v1/chat/completions", &long_chat(1000));
     stream.next_json();
     let whole = std::thread::spawn({
         let body = long_chat(200).to_string();
         let reader = server.send("POST", "/v1/chat/completions", "", body.as_bytes());
         move || Answer::read(&mut { reader })
     });
-    std::thread::sleep(Duration::from_millis(300));
+    let running = || server.metric("vllm:num_requests_running");
+    wait("two requests run", || running() >= 2.0, || running().to_string());
     server.signal("TERM");
     server.says("moewe: 2 requests left");
     assert!(connect(server.address).is_err(), "nobody is let in any more");
