@@ -124,21 +124,18 @@ pub fn shares(sequence: &Sequence, layer: u32, experts: usize) -> (u32, Vec<f32>
     (tokens, counts.iter().map(|&count| count as f32 / tokens.max(1) as f32 * 100.0).collect())
 }
 
-/// How bright the experts of a layer are at a token: their weights there, or what is left of an older one's that faded by
-/// a constant factor a token until less than 1/16 is left after `fade` tokens. `[experts]`, the largest of each.
+/// How bright the experts of a layer are at a token: the weights of those chosen there; of others the largest that is left of an
+/// older one, which faded by a constant factor a token until less than 1/16 is left after `fade` tokens. `[experts]`.
 pub fn glow(sequence: &Sequence, layer: u32, experts: usize, position: usize, fade: usize) -> Vec<f32> {
     let mut light = vec![0f32; experts];
     let keep = if fade == 0 { 0.0 } else { 0.0625f32.powf(1.0 / fade as f32) };
-    let mut left = 1.0;
-    for age in 0..=fade.min(position) {
-        if let Some((ids, weights)) = sequence.routing(layer, position - age) {
-            for (&id, &weight) in ids.iter().zip(weights) {
-                if let Some(cell) = light.get_mut(id as usize) {
-                    *cell = cell.max(weight * left);
-                }
+    for age in (0..=fade.min(position)).rev() {
+        let Some((ids, weights)) = sequence.routing(layer, position - age) else { continue };
+        for (&id, &weight) in ids.iter().zip(weights) {
+            if let Some(cell) = light.get_mut(id as usize) {
+                *cell = if age == 0 { weight.max(0.0) } else { cell.max(weight * keep.powi(age as i32)) };
             }
         }
-        left *= keep;
     }
     light
 }
@@ -339,6 +336,9 @@ mod tests {
             assert!((light - wanted).abs() < 1e-6, "{two:?}");
         }
         assert_eq!(glow(sequence, 1, 4, 9, 0), [0.0; 4]);
+        // What was chosen shows its weight, however bright it was before.
+        let store = seen(SequenceInfo::default(), &frame(vec![0, 1, 0, 3], vec![1.0, 0.5, 0.01, 0.9], None));
+        assert_eq!(glow(&store.sequences()[0], 1, 4, 1, 8)[..1], [0.01]);
     }
 
     #[test]
