@@ -73,7 +73,8 @@ fn trace_sequence(
         let (tokens, rows) = session.capacity(kind)?;
         capacity = capacity.min(tokens).min(rows);
     }
-    let limit = chunk.unwrap_or(usize::MAX).min((capacity + 1).saturating_sub(modules)).max(1);
+    // The last chunk may have as many rows more as there are modules but one.
+    let limit = chunk.unwrap_or(usize::MAX).min(capacity.saturating_sub(modules.saturating_sub(1))).max(1);
     let mut tensors = Tensors::new();
     // The tokens, and behind them what each stage predicted for the end.
     let mut extended = tokens.to_vec();

@@ -32,6 +32,8 @@ mod prediction;
 mod router;
 #[path = "kernels/sampler.rs"]
 mod sampler;
+#[path = "common/skipped.rs"]
+mod skipped;
 
 #[test]
 fn every_kernel_has_a_tolerance_with_a_reason() {

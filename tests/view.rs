@@ -134,6 +134,17 @@ fn numbers_go_to_files() {
 }
 
 #[test]
+fn times_are_recorded_without_any_tensor() {
+    let dir = place("times");
+    let [bundle, file, chrome] = ["timed.moewe", "timed.rec", "timed.json"].map(|name| dir.join(name));
+    moewe!["compile", demo(), "-o", bundle, "--taps", "timing"].ok();
+    moewe!["run", bundle, "The king", "-n", "4", "--ignore-eos", "--record", file, "--taps", "timing"].ok();
+    moewe!["view", file, "--chrome-trace", chrome].ok();
+    let chrome: Value = serde_json::from_str(&fs::read_to_string(chrome).unwrap()).unwrap();
+    assert!(chrome["traceEvents"].as_array().unwrap().iter().any(|event| event["name"] == "head"), "{chrome}");
+}
+
+#[test]
 fn recordings_go_on_and_compare() {
     let dir = place("going-on");
     let file = dir.join("king.rec");

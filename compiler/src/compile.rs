@@ -17,7 +17,7 @@ use crate::memory::Buffers;
 use crate::model::{self, Target};
 use crate::pack::Packer;
 use crate::passes;
-use crate::profile::Profile;
+use crate::profile::{Profile, Tuned};
 use crate::select::{FEW_TOKENS, MAX_ROWS, Selector};
 use crate::write::{Progress, Warnings, write_weights};
 
@@ -238,12 +238,13 @@ fn info(config: &Config) -> ModelInfo {
 }
 
 /// What the kernels need of a device, which the profile must grant.
-fn requirements(profile: &Profile, kernels: &Kernels) -> Result<Requirements> {
+pub(crate) fn requirements(profile: &Profile, kernels: &Kernels) -> Result<Requirements> {
     let storage = |kernel: &moewe_plan::Kernel| {
         kernel.bindings.iter().filter(|binding| binding.access != moewe_plan::Access::Uniform).count() as u32
     };
     let requirements = Requirements {
         profile: profile.name.clone(),
+        tuned_on: profile.tuned.as_ref().map(Tuned::on),
         max_binding_bytes: profile.max_binding_bytes,
         storage_buffers: kernels.list.iter().map(storage).max().unwrap_or(0),
         workgroup_invocations: kernels.list.iter().map(|k| k.workgroup_size.iter().product()).max().unwrap_or(1),
@@ -253,6 +254,7 @@ fn requirements(profile: &Profile, kernels: &Kernels) -> Result<Requirements> {
         } else {
             0
         },
+        cooperative: kernels.linked.iter().map(|linked| linked.cooperative).max().unwrap_or(0),
     };
     let limits = [
         ("storage_buffers", profile.storage_buffers, requirements.storage_buffers),

@@ -91,10 +91,28 @@ pub struct WeightRef {
     pub name: String,
     /// Number of experts that are stacked.
     pub experts: Option<usize>,
-    /// Name in the checkpoint of a shared expert's tensor, which stands behind them as one expert more.
-    pub shared: Option<String>,
+    /// Shared experts, which stand behind them as experts more.
+    pub shared: Option<SharedExperts>,
     /// Shape of one tensor: `[rows, columns]`, or `[length]` for vectors.
     pub shape: Vec<usize>,
+}
+
+/// A tensor of the checkpoint that has the matrices of all shared experts of a layer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SharedExperts {
+    /// Its name.
+    pub name: String,
+    /// How many there are.
+    pub count: usize,
+    /// Whether they have columns of it each, not rows.
+    pub by_columns: bool,
+}
+
+impl WeightRef {
+    /// Experts with shared ones; `None` where it is no weight of experts.
+    pub fn all_experts(&self) -> Option<usize> {
+        Some(self.experts? + self.shared.as_ref().map_or(0, |shared| shared.count))
+    }
 }
 
 /// One operation with its inputs.
@@ -144,6 +162,8 @@ pub struct Graph {
     /// Whether routers, cache writes and attention heads read the plan's parameters
     /// ([`moewe_plan::ParameterKind`]). As long as those are neutral, that makes no difference.
     pub parameters: bool,
+    /// Rows and columns that share a scale where the checkpoint has any: matrices are not cut within them.
+    pub scale_block: Option<[usize; 2]>,
 }
 
 /// Why a graph is not sound.

@@ -327,7 +327,7 @@ fn experts(on: &Operands, op: &Op) -> Types {
             let (len, k) = (on.vector(0, "x")?, on.id_count(1)?);
             let rows = on.expert_rows_of("gate", *gate, len)?;
             on.weight("up", *up, true, &[rows, len])?;
-            let experts = |id| on.weight_ref("weight", id).map(|w| (w.experts, w.shared.is_some()));
+            let experts = |id| on.weight_ref("weight", id).map(WeightRef::all_experts);
             if experts(*gate)? != experts(*up)? {
                 return Err("gate and up have different numbers of experts".into());
             }

@@ -1,5 +1,6 @@
 //! From a fused graph to the steps of a program: one kernel for each operation, one dispatch for each shard of its weights.
 
+mod alone;
 mod attention;
 mod experts;
 mod prefill;
@@ -20,6 +21,8 @@ use crate::memory::{Buffers, assign, symbol};
 use crate::pack::{Matrix, Packer};
 use crate::select::{self, MAX_ROWS, Selector, Tiled, WORKGROUP};
 use router::Routed;
+
+pub use alone::{Bench, Lowered, Tensor};
 
 /// Name of the RoPE table among the weights.
 const ANGLES: &str = "moewe.rope_angles";
@@ -236,7 +239,7 @@ impl Lowering<'_, '_> {
         params: [u32; 4],
         cost: Cost,
     ) -> Result<()> {
-        let why = self.selector.why();
+        let why = self.selector.why(variant.kernel);
         let kernel = self.shared.kernels.get(variant, &why)?;
         let bindings = self.shared.kernels.list[kernel as usize].bindings.iter().map(|layout| {
             let slot = slots.iter().find(|(name, _)| *name == layout.name).map(|(_, slot)| *slot);
@@ -416,7 +419,7 @@ impl Lowering<'_, '_> {
         };
         let tile = self.selector.tile as u64;
         let grid = [
-            Dim::Const(rows.div_ceil(self.selector.rows_per_workgroup())),
+            Dim::Const(rows.div_ceil(self.selector.rows_per_workgroup("linear"))),
             Dim::CeilDiv(symbol(self.graph.ty(x).rows), tile),
             ONE,
         ];
@@ -460,7 +463,7 @@ impl Lowering<'_, '_> {
         let selector = self.selector.over(rows);
         let tiled = selector.gemm(rows, stored, n, k, flags, eps).unwrap_or_else(|| Tiled {
             variant: selector.linear(stored, n, k, flags, eps),
-            rows: selector.rows_per_workgroup(),
+            rows: selector.rows_per_workgroup("linear"),
             tokens: selector.tile as u64,
         });
         let shards = matrices[0].2.shards.clone();

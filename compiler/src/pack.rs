@@ -2,6 +2,8 @@
 //! bytes of which files it is made.
 
 use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::Arc;
 
 use moewe_plan::{SCALE_GROUP, Segment, Shard, Weight, WeightFile, WeightFormat};
 
@@ -12,13 +14,34 @@ use crate::graph::WeightRef;
 use crate::select::{Scales, Stored};
 use crate::tensors::{self, Part, Role};
 
+/// A tensor of the checkpoint, or some of its columns.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Piece {
+    pub(crate) tensor: String,
+    pub(crate) columns: Option<Range<usize>>,
+}
+
+impl Piece {
+    fn whole(tensor: String) -> Self {
+        Self { tensor, columns: None }
+    }
+
+    /// Name under which it is written.
+    pub(crate) fn name(&self) -> String {
+        match &self.columns {
+            None => self.tensor.clone(),
+            Some(columns) => format!("{}.columns-{}-{}", self.tensor, columns.start, columns.end),
+        }
+    }
+}
+
 /// What a weight is made of.
 #[derive(Clone, Debug)]
 pub(crate) enum Content {
     /// Tensors of the checkpoint, one after the other.
-    Tensors(Vec<String>),
+    Tensors(Vec<Piece>),
     /// The scales that the compiler chooses for the groups of these tensors in this format, one after the other.
-    Scales(Vec<String>, WeightFormat),
+    Scales(Vec<Piece>, WeightFormat),
     /// Numbers that the compiler made.
     Generated(Vec<f32>),
 }
@@ -31,6 +54,10 @@ pub(crate) struct Item {
     /// Whether it is a list of numbers, padded at its end; each row of a matrix is padded.
     pub(crate) flat: bool,
 }
+
+/// Matrices of attention that keep eight bits where four are asked for: those that make and read latents, since much rests on few
+/// numbers, and `q_proj`, which is computed together with `kv_a_proj_with_mqa`. Of V3's weights they are 0.3 %.
+const LATENT: [&str; 4] = [".q_proj.weight", ".q_a_proj.weight", ".kv_a_proj_with_mqa.weight", ".kv_b_proj.weight"];
 
 /// A matrix as lowering needs it.
 #[derive(Clone, Debug)]
@@ -55,7 +82,7 @@ pub struct Packer<'a> {
     format: Option<WeightFormat>,
     /// Largest binding.
     limit: u64,
-    roles: HashMap<String, (Role, Part)>,
+    roles: Arc<HashMap<String, (Role, Part)>>,
     pub(crate) items: Vec<Item>,
     index: HashMap<String, u32>,
     /// Matrices that were to be quantised and are not, and the numbers of their rows.
@@ -66,17 +93,30 @@ impl<'a> Packer<'a> {
     /// A packer for a checkpoint (which may lack weights: then the plan is made without).
     pub fn new(checkpoint: &'a Checkpoint, format: Option<WeightFormat>, limit: u64) -> Self {
         let roles = tensors::expected(checkpoint.config()).into_iter().map(|t| (t.name, (t.role, t.part))).collect();
+        let roles = Arc::new(roles);
         Self { checkpoint, format, limit, roles, items: Vec::new(), index: HashMap::new(), unfit: Vec::new() }
     }
 
-    fn names(weight: &WeightRef) -> Vec<String> {
-        match weight.experts {
-            None => vec![weight.name.clone()],
-            Some(experts) => {
-                let routed = (0..experts).map(|expert| weight.name.replace('*', &expert.to_string()));
-                routed.chain(weight.shared.clone()).collect()
+    /// An empty one for the same checkpoint, and another limit.
+    pub(crate) fn anew(&self, limit: u64) -> Self {
+        let roles = Arc::clone(&self.roles);
+        Self { roles, limit, items: Vec::new(), index: HashMap::new(), unfit: Vec::new(), ..*self }
+    }
+
+    fn pieces(weight: &WeightRef) -> Vec<Piece> {
+        let Some(experts) = weight.experts else { return vec![Piece::whole(weight.name.clone())] };
+        let routed = (0..experts).map(|expert| Piece::whole(weight.name.replace('*', &expert.to_string())));
+        let mut pieces: Vec<Piece> = routed.collect();
+        match &weight.shared {
+            Some(shared) if shared.by_columns => {
+                let width = weight.shape[1];
+                let columns = (0..shared.count).map(|expert| expert * width..(expert + 1) * width);
+                pieces.extend(columns.map(|columns| Piece { tensor: shared.name.clone(), columns: Some(columns) }));
             }
+            Some(shared) => pieces.push(Piece::whole(shared.name.clone())),
+            None => {}
         }
+        pieces
     }
 
     /// Format in which the checkpoint stores a tensor, or would if it had weights.
@@ -105,9 +145,9 @@ impl<'a> Packer<'a> {
 
     /// A matrix, or one for each expert. `granule`: rows that must stay together in a shard (experts are never cut).
     pub fn matrix(&mut self, weight: &WeightRef, granule: u64) -> Result<Matrix> {
-        let names = Self::names(weight);
-        let stored = self.stored_format(&names[0])?;
-        for name in &names[1..] {
+        let pieces = Self::pieces(weight);
+        let stored = self.stored_format(&pieces[0].tensor)?;
+        for Piece { tensor: name, .. } in &pieces[1..] {
             let other = self.stored_format(name)?;
             if other != stored {
                 return Err(Error::WrongTensor {
@@ -118,14 +158,9 @@ impl<'a> Packer<'a> {
                 });
             }
         }
-        let format = self.format_of(weight, &names[0], stored);
+        let format = self.format_of(weight, &pieces[0].tensor, stored);
         let (rows, columns) = (weight.shape[0] as u64, weight.shape[1] as u64);
-        let shape = match weight.experts {
-            None => vec![rows, columns],
-            Some(experts) => {
-                vec![(experts + usize::from(weight.shared.is_some())) as u64, rows, columns]
-            }
-        };
+        let shape = weight.all_experts().map(|experts| experts as u64).into_iter().chain([rows, columns]).collect();
         let mut plan = Weight { name: weight.name.clone(), format, shape, shards: Vec::new() };
         let slice = plan.slice_bytes().filter(|bytes| *bytes > 0).expect("checked configurations have sane shapes");
         let granule = if weight.experts.is_some() { 1 } else { granule };
@@ -149,12 +184,12 @@ impl<'a> Packer<'a> {
         }
         let shards = plan.shards.iter().map(|shard| (shard.first, shard.count)).collect();
         let mut row_bytes = columns.next_multiple_of(4) * format.bits() / 8;
-        let index = self.add(Item { weight: plan, content: Content::Tensors(names.clone()), flat: false });
+        let index = self.add(Item { weight: plan, content: Content::Tensors(pieces.clone()), flat: false });
         let scales = if format == WeightFormat::Fp8 {
-            Some(self.scales(weight, &names)?)
+            Some(self.scales(weight, &pieces)?)
         } else if format.is_grouped() {
             row_bytes += columns / SCALE_GROUP * WeightFormat::F16.bits() / 8;
-            Some(self.group_scales(weight, names, format)?)
+            Some(self.group_scales(weight, pieces, format)?)
         } else {
             None
         };
@@ -177,7 +212,7 @@ impl<'a> Packer<'a> {
             Some((_, Part::Embedding | Part::Head | Part::MtpProjection)) if asked == WeightFormat::Int4 => {
                 WeightFormat::Int8
             }
-            _ if asked == WeightFormat::Int4 && name.ends_with(".kv_b_proj.weight") => WeightFormat::Int8,
+            _ if asked == WeightFormat::Int4 && LATENT.iter().any(|part| name.ends_with(part)) => WeightFormat::Int8,
             _ => asked,
         };
         let columns = weight.shape[1] as u64;
@@ -201,33 +236,37 @@ impl<'a> Packer<'a> {
     }
 
     /// Scales that the compiler will choose, one for each group of a row.
-    fn group_scales(&mut self, weight: &WeightRef, names: Vec<String>, format: WeightFormat) -> Result<(u32, Scales)> {
+    fn group_scales(&mut self, weight: &WeightRef, pieces: Vec<Piece>, format: WeightFormat) -> Result<(u32, Scales)> {
         let (rows, columns) = (weight.shape[0], weight.shape[1] / SCALE_GROUP as usize);
-        let length = (rows * columns * names.len()) as u64;
+        let length = (rows * columns * weight.all_experts().unwrap_or(1)) as u64;
         let name = scale_name(&weight.name);
-        let index = self.add_flat(name, WeightFormat::F16, length, Content::Scales(names, format))?;
+        let index = self.add_flat(name, WeightFormat::F16, length, Content::Scales(pieces, format))?;
         Ok((index, Scales { rows, columns, block: [1, SCALE_GROUP as usize] }))
     }
 
-    fn scales(&mut self, weight: &WeightRef, names: &[String]) -> Result<(u32, Scales)> {
+    fn scales(&mut self, weight: &WeightRef, pieces: &[Piece]) -> Result<(u32, Scales)> {
         let block = self.checkpoint.config().quantization.as_ref().map(|q| q.weight_block_size);
         let block = block.ok_or_else(|| Error::WrongTensor {
             path: self.checkpoint.dir().into(),
-            tensor: names[0].clone(),
+            tensor: pieces[0].tensor.clone(),
             found: "F8_E4M3".into(),
             expected: "another dtype, since config.json has no quantization_config".into(),
         })?;
         let (rows, columns) = (weight.shape[0].div_ceil(block[0]), weight.shape[1].div_ceil(block[1]));
-        let names: Vec<String> = names.iter().map(|name| format!("{name}_scale_inv")).collect();
-        let length = (rows * columns * names.len()) as u64;
+        let pieces = pieces.iter().map(|Piece { tensor, columns }| Piece {
+            tensor: format!("{tensor}_scale_inv"),
+            columns: columns.as_ref().map(|columns| columns.start / block[1]..columns.end / block[1]),
+        });
+        let content = Content::Tensors(pieces.collect());
+        let length = (rows * columns * weight.all_experts().unwrap_or(1)) as u64;
         let name = format!("{}_scale_inv", weight.name);
-        let index = self.add_flat(name, WeightFormat::F32, length, Content::Tensors(names))?;
+        let index = self.add_flat(name, WeightFormat::F32, length, content)?;
         Ok((index, Scales { rows, columns, block }))
     }
 
     /// A vector, kept in f32.
     pub fn vector(&mut self, weight: &WeightRef) -> Result<u32> {
-        let content = Content::Tensors(vec![weight.name.clone()]);
+        let content = Content::Tensors(vec![Piece::whole(weight.name.clone())]);
         self.add_flat(weight.name.clone(), WeightFormat::F32, weight.shape[0] as u64, content)
     }
 
@@ -282,17 +321,22 @@ pub(crate) fn place_item(item: &mut Item, place: impl Fn(&str) -> Segment, zeros
     let slice = weight.slice_bytes().expect("checked when it was added");
     let stacked = weight.shape.len() == 3;
     let parts: Vec<Segment> = match content {
-        Content::Tensors(names) => names.iter().map(|name| place(name)).collect(),
-        Content::Scales(names, _) => names.iter().map(|name| place(&scale_name(name))).collect(),
+        Content::Tensors(pieces) => pieces.iter().map(|piece| place(&piece.name())).collect(),
+        Content::Scales(pieces, _) => pieces.iter().map(|piece| place(&scale_name(&piece.name()))).collect(),
         Content::Generated(_) => vec![place(&weight.name)],
     };
+    // Shared experts that have rows of one tensor are one part.
+    let slices = |part: Segment| {
+        (0..part.bytes / slice).map(move |at| Segment { offset: part.offset + at * slice, bytes: slice, ..part })
+    };
+    let experts: Vec<Segment> = if stacked { parts.iter().copied().flat_map(slices).collect() } else { Vec::new() };
     for shard in &mut weight.shards {
         shard.segments = if *flat {
             let missing = slice - parts.iter().map(|segment| segment.bytes).sum::<u64>();
             let padding = zeros.filter(|_| missing > 0).map(|zeros| Segment { bytes: missing, ..zeros });
             parts.iter().copied().chain(padding).collect()
         } else if stacked {
-            parts[shard.first as usize..(shard.first + shard.count) as usize].to_vec()
+            experts[shard.first as usize..(shard.first + shard.count) as usize].to_vec()
         } else {
             let offset = parts[0].offset + shard.first * slice;
             vec![Segment { offset, bytes: shard.count * slice, ..parts[0] }]

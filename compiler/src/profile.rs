@@ -1,11 +1,18 @@
 //! Device profiles: what a plan is compiled for. They are files, so compiling needs no GPU.
 
+mod shape;
+mod tuned;
+
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::{Error, Result, clip};
+
+pub use shape::{SHAPED, Shape};
+pub use tuned::{Row, Tuned};
 
 /// Limits of a class of devices and how its kernels are shaped.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,6 +41,9 @@ pub struct Profile {
     /// Whether the invocations of a subgroup load the numbers that a matrix is multiplied with together, each a part, and hand
     /// them to one another. For lanes 1 and subgroups of eight or more.
     pub pool_inputs: bool,
+    /// Kernels of [`SHAPED`] that go through rows in another way.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub kernels: BTreeMap<String, Shape>,
     /// Tokens that share a row of a matrix in batches of more than a few tokens.
     pub token_tile: u32,
     /// Heads that a workgroup of attention has, in teams of invocations for four each; a multiple of four.
@@ -42,9 +52,15 @@ pub struct Profile {
     pub attention_splits: u32,
     /// How products of matrices and many tokens are cut into tiles, if they are.
     pub gemm: Option<Gemm>,
+    /// Rows and columns, 8 or 16, of the cooperative matrices (f16 with sums in f32) that programs of precision `fast` multiply
+    /// such tiles by, if the device has them; needs `subgroup_size`.
+    pub cooperative: Option<u32>,
     /// Whether the device starts as many workgroups as one of its own results says. Otherwise the most that there can be are
     /// started, and those that have nothing to do end.
     pub indirect: bool,
+    /// Where these choices were measured, if they were (`moewe tune`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tuned: Option<Tuned>,
 }
 
 /// How products of matrices and many tokens are cut into tiles, for rows that divide into blocks of 32 numbers.
@@ -92,6 +108,12 @@ impl Profile {
         Self::parse(&text).map_err(|detail| Error::Profile { path: path.into(), detail })
     }
 
+    /// How a kernel of [`SHAPED`] goes through the rows of a matrix.
+    pub fn shape(&self, kernel: &str) -> Shape {
+        let Self { workgroup, lanes, rows, pool_inputs, .. } = *self;
+        self.kernels.get(kernel).copied().unwrap_or(Shape { workgroup, lanes, rows, pool_inputs })
+    }
+
     fn parse(text: &str) -> Result<Self, String> {
         let value: Value = serde_json::from_str(text).map_err(|error| format!("not JSON: {error}"))?;
         // serde does not say which field has a wrong number.
@@ -110,21 +132,17 @@ impl Profile {
         Ok(profile)
     }
 
-    fn check(&self) -> Result<(), String> {
-        let powers = [("workgroup", self.workgroup), ("lanes", self.lanes)];
-        for (field, value) in powers {
-            if !value.is_power_of_two() {
-                return Err(format!("{field} is {value}, a power of two is expected"));
+    /// Whether all values are in their ranges and go together.
+    ///
+    /// # Errors
+    /// What is wrong, with the name of its field.
+    pub fn check(&self) -> Result<(), String> {
+        self.shape("").check(self)?;
+        for (kernel, shape) in &self.kernels {
+            if !SHAPED.contains(&kernel.as_str()) {
+                return Err(format!("kernels: `{}` is none of {}", clip(kernel), SHAPED.join(", ")));
             }
-        }
-        if self.lanes > self.workgroup || self.workgroup > self.workgroup_invocations.min(1024) {
-            return Err(format!("lanes {} ≤ workgroup {} ≤ 1024 does not hold", self.lanes, self.workgroup));
-        }
-        if self.subgroup_size.is_some_and(|size| self.lanes > size) {
-            return Err(format!("lanes {} exceed subgroup_size", self.lanes));
-        }
-        if self.pool_inputs && (self.lanes != 1 || self.subgroup_size.is_none_or(|size| size < 8)) {
-            return Err("pool_inputs needs lanes 1 and a subgroup_size of 8 or more".into());
+            shape.check(self).map_err(|what| format!("kernels: {kernel}: {what}"))?;
         }
         match self.gemm {
             Some(Gemm::Registers { .. }) if !self.pool_inputs => {
@@ -140,9 +158,7 @@ impl Profile {
             }
             _ => {}
         }
-        if !(1..=16).contains(&self.rows) {
-            return Err(format!("rows is {}, 1 … 16 are expected", self.rows));
-        }
+        self.check_cooperative()?;
         if !self.attention_heads.is_multiple_of(4) || !(4..=64).contains(&self.attention_heads) {
             return Err(format!(
                 "attention_heads is {}, a multiple of four from 4 to 64 is expected",
@@ -152,8 +168,27 @@ impl Profile {
         if !(1..=64).contains(&self.attention_splits) {
             return Err(format!("attention_splits is {}, 1 … 64 are expected", self.attention_splits));
         }
-        if self.workgroup < 32 || !(1..=64).contains(&self.token_tile) || self.max_binding_bytes < 1024 {
-            return Err("workgroup ≥ 32, token_tile 1 … 64 and max_binding_bytes ≥ 1024 are expected".into());
+        if !(1..=64).contains(&self.token_tile) || self.max_binding_bytes < 1024 {
+            return Err("token_tile 1 … 64 and max_binding_bytes ≥ 1024 are expected".into());
+        }
+        Ok(())
+    }
+
+    fn check_cooperative(&self) -> Result<(), String> {
+        let Some(size) = self.cooperative else { return Ok(()) };
+        if ![8, 16].contains(&size) {
+            return Err(format!("cooperative is {size}, 8 or 16 is expected"));
+        }
+        let (Some(lanes), Some(_)) = (self.subgroup_size, self.gemm) else {
+            return Err("cooperative needs a subgroup_size, and gemm".into());
+        };
+        // A subgroup has 2 × 2 matrices of a tile of 64 × 64.
+        let subgroups = (32 / size).pow(2);
+        let invocations = lanes.saturating_mul(subgroups);
+        if self.workgroup_invocations < invocations || self.workgroup_bytes < 16384 {
+            return Err(format!(
+                "cooperative {size} needs {invocations} workgroup_invocations ({subgroups} subgroups) and 16384 workgroup_bytes"
+            ));
         }
         Ok(())
     }
@@ -174,8 +209,88 @@ mod tests {
     }
 
     #[test]
+    fn cooperative_matrices_need_a_size_that_kernels_have_and_room() {
+        let hopper = Profile::load("hopper").unwrap();
+        let refused = |profile: Profile| profile.check().unwrap_err();
+        assert_eq!(
+            refused(Profile { cooperative: Some(32), ..hopper.clone() }),
+            "cooperative is 32, 8 or 16 is expected"
+        );
+        let no_tiles = Profile { gemm: None, ..hopper.clone() };
+        let lavapipe = Profile::load("lavapipe").unwrap();
+        let no_subgroups =
+            Profile { subgroup_size: None, pool_inputs: false, gemm: None, cooperative: Some(8), ..lavapipe.clone() };
+        for profile in [no_tiles, no_subgroups] {
+            assert_eq!(refused(profile), "cooperative needs a subgroup_size, and gemm");
+        }
+        let narrow = Profile { cooperative: Some(8), workgroup_invocations: 256, ..hopper };
+        assert!(refused(narrow).contains("needs 512 workgroup_invocations (16 subgroups)"));
+        let small = Profile { cooperative: Some(8), workgroup_bytes: 16380, ..lavapipe };
+        assert!(refused(small).contains("16384 workgroup_bytes"));
+    }
+
+    #[test]
     fn unknown_profile_names_the_known_ones() {
         let message = Profile::load("toaster").unwrap_err().to_string();
         assert!(message.contains("toaster") && message.contains("lavapipe"), "{message}");
+    }
+
+    #[test]
+    fn kernels_may_have_shapes_of_their_own() {
+        let text = serde_json::to_string(&Profile::load("lavapipe").unwrap()).unwrap();
+        assert!(!text.contains("kernels") && !text.contains("tuned"), "{text}");
+        let with = |field: &str, value: &str| {
+            let mut profile: Value = serde_json::from_str(&text).unwrap();
+            profile[field] = serde_json::from_str(value).unwrap();
+            Profile::parse(&profile.to_string())
+        };
+        let linear = r#"{"linear": {"workgroup": 128, "lanes": 8, "rows": 2, "pool_inputs": false}}"#;
+        let profile = with("kernels", linear).unwrap();
+        assert_eq!(profile.shape("linear"), Shape { workgroup: 128, lanes: 8, rows: 2, pool_inputs: false });
+        assert_eq!(profile.shape("experts_down"), Shape { workgroup: 32, lanes: 1, rows: 4, pool_inputs: true });
+        let shape = |old: &str, new: &str| with("kernels", &linear.replace(old, new)).unwrap_err();
+        for (old, new, expected) in [
+            ("linear", "sampler", "kernels: `sampler` is none of linear, experts_gate_up"),
+            ("128", "96", "kernels: linear: workgroup is 96, a power of two"),
+            ("128", "0", "kernels: linear: workgroup is 0"),
+            ("128", "2048", "kernels: linear: lanes 8 ≤ workgroup 2048 ≤ 1024"),
+            ("128", "16", "kernels: linear: workgroup is 16, 32 or more"),
+            ("\"lanes\": 8", "\"lanes\": 16", "kernels: linear: lanes 16 exceed subgroup_size"),
+            ("\"rows\": 2", "\"rows\": 17", "kernels: linear: rows is 17, 1 … 16"),
+            ("false", "true", "kernels: linear: pool_inputs needs lanes 1"),
+            ("\"rows\": 2", "\"rows\": -2", "-2"),
+            ("\"rows\": 2", "\"columns\": 2", "columns"),
+        ] {
+            let found = shape(old, new);
+            assert!(found.contains(expected), "{new}: {found}");
+        }
+    }
+
+    #[test]
+    fn what_was_measured_is_kept_and_checked() {
+        let row = Row {
+            kernel: "linear".into(),
+            shape: "512 × 512".into(),
+            tokens: 1,
+            variant: "linear__wg64".into(),
+            before_ns: 10,
+            after_ns: 9,
+        };
+        let tuned = Tuned {
+            device: "a GPU".into(),
+            ids: [1, 2],
+            driver: "a driver".into(),
+            driver_info: "1.0".into(),
+            date: "2026-01-01T00:00:00Z".into(),
+            model: "a model".into(),
+            rows: vec![row],
+        };
+        let profile = Profile { tuned: Some(tuned), ..Profile::load("hopper").unwrap() };
+        let text = serde_json::to_string(&profile).unwrap();
+        assert_eq!(Profile::parse(&text).unwrap(), profile);
+        let found = Profile::parse(&text.replace("\"driver_info\"", "\"version\"")).unwrap_err();
+        assert!(found.contains("version"), "{found}");
+        let found = Profile::parse(&text.replace("\"before_ns\":10", "\"before_ns\":-1")).unwrap_err();
+        assert!(found.contains("-1"), "{found}");
     }
 }

@@ -8,13 +8,16 @@ use moewe_shaders::{BLOCK, Reduce, Variant};
 
 use crate::config::{Scoring, TopkMethod};
 use crate::graph::{Asked, Mla, RouterRule, Rows, top_tokens as top_count};
-use crate::profile::{Gemm, Profile};
+use crate::profile::{Gemm, Profile, Shape};
 
 pub use gemm::{Tiled, experts_sort, experts_sum};
 
 /// Batches of at most this many tokens are served by kernels that read the weights once for each token, and waste nothing
 /// on absent tokens.
 pub const FEW_TOKENS: usize = 4;
+
+/// Its invocations have one row each: a row's input is its head's.
+const ABSORB_OUTPUT: &str = "absorb_output";
 
 /// What variants depend on beside the operation itself.
 #[derive(Clone, Copy, Debug)]
@@ -52,30 +55,25 @@ pub struct Stored {
 }
 
 impl Selector<'_> {
-    /// Rows of a matrix that a workgroup goes through at a time.
-    pub fn lines(&self) -> u64 {
-        u64::from(self.profile.workgroup / self.profile.lanes)
-    }
-
-    /// Rows of a matrix that each of them goes through. Where many tokens share rows, an invocation has enough to hold.
-    fn rows(&self) -> usize {
-        match self.tile {
-            1 => self.profile.rows as usize,
-            2 => self.profile.rows.div_ceil(2) as usize,
-            _ => 1,
-        }
+    /// How a kernel goes through the rows of a matrix. Where many tokens share rows, an invocation has enough to hold: then it
+    /// has one.
+    fn shape(&self, kernel: &str) -> Shape {
+        let shape = self.profile.shape(kernel);
+        let many = self.tile <= 2 && kernel != ABSORB_OUTPUT;
+        Shape { rows: if many { shape.rows } else { 1 }, ..shape }
     }
 
     /// The same for products over wanted rows. A prompt wants one row; where arithmetic is dear, it is not done for eight.
     #[must_use]
     pub fn over(self, rows: Rows) -> Self {
-        let fewer = rows == Rows::Wanted && self.profile.pool_inputs;
+        let fewer = rows == Rows::Wanted && self.profile.shape("linear").pool_inputs;
         Self { tile: if fewer { self.tile.min(2) } else { self.tile }, ..self }
     }
 
-    /// Rows of a matrix that a workgroup computes.
-    pub fn rows_per_workgroup(&self) -> u64 {
-        self.lines() * self.rows() as u64
+    /// Rows of a matrix that a workgroup of this kernel computes.
+    pub fn rows_per_workgroup(&self, kernel: &str) -> u64 {
+        let shape = self.shape(kernel);
+        u64::from(shape.workgroup / shape.lanes * shape.rows)
     }
 
     /// Format of the latent cache.
@@ -91,22 +89,26 @@ impl Selector<'_> {
         if self.few { self.profile.attention_splits as usize } else { 1 }
     }
 
-    /// Why matrix kernels look as they do, in a line.
-    pub fn why(&self) -> String {
-        let lanes = match (self.profile.lanes, self.profile.subgroup_size) {
+    /// Why a kernel looks as it does, in a line.
+    pub fn why(&self, kernel: &str) -> String {
+        let shape = self.profile.shape(kernel);
+        let lanes = match (shape.lanes, self.profile.subgroup_size) {
             (1, _) => "one invocation a row".to_owned(),
             (lanes, Some(_)) => format!("{lanes} lanes a row, added by subgroup shuffles"),
             (lanes, None) => format!("{lanes} lanes a row, added through workgroup memory"),
         };
-        let tile = match (self.tile, self.profile.rows) {
+        let tile = match (self.tile, shape.rows) {
             (1, 1) => "each token reads its rows".to_owned(),
             (1, rows) => format!("each token reads its rows, {rows} at a time"),
             (tile, _) => format!("{tile} tokens share a row that was read"),
         };
-        let inputs = if self.profile.pool_inputs { "; a subgroup loads inputs together" } else { "" };
+        let inputs = if shape.pool_inputs { "; a subgroup loads inputs together" } else { "" };
         let tiles = match self.profile.gemm {
             _ if self.tile == 1 => String::new(),
             None => "; no tiles".into(),
+            _ if let Some((size, _)) = self.cooperative() => {
+                format!("; rows of whole blocks in tiles by cooperative matrices of {size}")
+            }
             Some(Gemm::Workgroup) => "; rows of whole blocks in tiles in workgroup memory".into(),
             Some(Gemm::Registers { rows, tokens, expert_tokens }) => {
                 format!(
@@ -114,11 +116,13 @@ impl Selector<'_> {
                 )
             }
         };
-        format!("profile {}: {lanes}; {tile}{inputs}{tiles}", self.profile.name)
+        let tuned = if self.profile.kernels.contains_key(kernel) { "; a shape of its own" } else { "" };
+        format!("profile {}: {lanes}; {tile}{inputs}{tiles}{tuned}", self.profile.name)
     }
 
     fn matrix(&self, kernel: &'static str, stored: Stored, k: usize) -> Variant {
-        let reduce = match (self.profile.lanes, self.profile.subgroup_size) {
+        let shape = self.shape(kernel);
+        let reduce = match (shape.lanes, self.profile.subgroup_size) {
             (1, _) => Reduce::None,
             (_, Some(_)) => Reduce::Subgroup,
             (_, None) => Reduce::Workgroup,
@@ -128,14 +132,15 @@ impl Selector<'_> {
             .reduce(reduce)
             .wide(wide)
             .flag("aligned", k.is_multiple_of(4))
-            .int("WG", self.profile.workgroup as usize)
-            .int("LANES", self.profile.lanes as usize)
+            .int("WG", shape.workgroup as usize)
+            .int("LANES", shape.lanes as usize)
     }
 
     /// The same for kernels that go through several rows, and whose rows all have one input.
     fn rows_of_matrix(&self, kernel: &'static str, stored: Stored, k: usize) -> Variant {
-        let variant = self.matrix(kernel, stored, k).int("ROWS", self.rows());
-        let pooled = self.profile.pool_inputs && variant.wide;
+        let shape = self.shape(kernel);
+        let variant = self.matrix(kernel, stored, k).int("ROWS", shape.rows as usize);
+        let pooled = shape.pool_inputs && variant.wide;
         variant.flag("pooled", pooled)
     }
 
@@ -174,16 +179,18 @@ impl Selector<'_> {
 
     /// Router with the product that it judges by.
     pub fn router_product(&self, stored: Stored, k: usize, eps: Option<f64>, routing: &Routing) -> Variant {
-        let tail = routing.rule.experts as u64 > self.rows_per_workgroup();
+        let tail = routing.rule.experts as u64 > self.rows_per_workgroup("router_product");
         let variant = self.rows_of_matrix("router_product", stored, k).int("K", k).flag("tail", tail);
         with_norm(routing.plug(variant), eps)
     }
 
     /// Value half of absorbed attention. `edit`: heads are scaled by a parameter. `splits`: as in the attention before it.
     pub fn absorb_output(&self, stored: Stored, mla: &Mla, edit: bool, splits: usize) -> Variant {
-        let variant = self.matrix("absorb_output", stored, mla.rank).flag("edit", edit).flag("split", splits > 1);
+        let variant = self.matrix(ABSORB_OUTPUT, stored, mla.rank).flag("edit", edit).flag("split", splits > 1);
         let variant = if splits > 1 { variant.int("SPLITS", splits) } else { variant };
+        let pooled = variant.wide && self.shape(ABSORB_OUTPUT).pool_inputs && self.has_whole_subgroups(mla.v);
         variant
+            .flag("pooled", pooled)
             .int("HEADS", mla.heads)
             .int("NOPE", mla.nope)
             .int("V", mla.v)
@@ -191,9 +198,32 @@ impl Selector<'_> {
             .int("TILE", self.tile)
     }
 
+    /// Whether so many neighbours divide into subgroups.
+    fn has_whole_subgroups(&self, neighbours: usize) -> bool {
+        self.profile.subgroup_size.is_some_and(|size| neighbours.is_multiple_of(size as usize))
+    }
+
     /// Query half of absorbed attention.
     pub fn absorb_query(&self, stored: Stored, mla: &Mla, interleave: bool) -> Variant {
-        query(Variant::new("absorb_query").flag("interleave", interleave), stored, mla)
+        self.query("absorb_query", stored, mla).flag("interleave", interleave).int("TILE", self.tile)
+    }
+
+    /// What the absorption of queries needs.
+    fn query(&self, kernel: &'static str, stored: Stored, mla: &Mla) -> Variant {
+        let pooled = self.profile.pool_inputs
+            && mla.rank.is_multiple_of(4)
+            && mla.nope.is_multiple_of(8)
+            && self.has_whole_subgroups(mla.rank / 4)
+            && self.has_whole_subgroups(WORKGROUP);
+        scaled(Variant::new(kernel), stored)
+            .flag("pooled", pooled)
+            .int("HEADS", mla.heads)
+            .int("NOPE", mla.nope)
+            .int("ROPE", mla.rope)
+            .int("ROPE_PAIRS", mla.rope / 2)
+            .int("V", mla.v)
+            .int("RANK", mla.rank)
+            .int("WG", WORKGROUP)
     }
 
     /// Invocations that have a head's columns together: 16 of the latent, four of the rope part each, and no fewer than those of
@@ -250,7 +280,8 @@ impl Selector<'_> {
         max_pages: usize,
         flags: &[(&'static str, bool)],
     ) -> Variant {
-        self.latent_row(query(Variant::new("absorb_write"), stored, mla), mla, eps, max_pages, flags)
+        let variant = self.query("absorb_write", stored, mla).int("TILE", 1);
+        self.latent_row(variant, mla, eps, max_pages, flags)
     }
 
     fn latent_row(
@@ -389,18 +420,6 @@ pub fn propose(modules: usize) -> Variant {
 /// Pages that the longest sequence needs.
 pub fn max_pages(max_context: usize) -> usize {
     max_context.div_ceil(PAGE_TOKENS as usize)
-}
-
-/// What the absorption of queries needs.
-fn query(variant: Variant, stored: Stored, mla: &Mla) -> Variant {
-    scaled(variant, stored)
-        .int("HEADS", mla.heads)
-        .int("NOPE", mla.nope)
-        .int("ROPE", mla.rope)
-        .int("ROPE_PAIRS", mla.rope / 2)
-        .int("V", mla.v)
-        .int("RANK", mla.rank)
-        .int("WG", WORKGROUP)
 }
 
 fn scaled(variant: Variant, stored: Stored) -> Variant {

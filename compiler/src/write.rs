@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fs::File;
+use std::ops::Range;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -15,7 +16,7 @@ use safetensors::tensor::{View, serialize_to_file};
 use crate::checkpoint::{Checkpoint, TensorView};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
-use crate::pack::{Content, Item, Packer, place_item, scale_name};
+use crate::pack::{Content, Item, Packer, Piece, place_item, scale_name};
 use crate::quantize;
 
 /// A weight file of a bundle is not larger than this if its tensors allow.
@@ -75,35 +76,49 @@ enum Source<'a> {
     Numbers(&'a [f32]),
 }
 
-/// A tensor of the checkpoint with the scales of its blocks, if it has any.
-#[derive(Clone, Copy)]
+/// A tensor of the checkpoint, or some of its columns, with the scales of its blocks, if it has any.
+#[derive(Clone)]
 struct Matrix<'a> {
     tensor: TensorView<'a>,
+    columns: Range<usize>,
     scales: Option<(TensorView<'a>, [usize; 2])>,
 }
 
 impl<'a> Matrix<'a> {
-    /// A tensor of `checkpoint` on its way to `format`.
-    fn new(checkpoint: &'a Checkpoint, tensor: TensorView<'a>, format: WeightFormat) -> Self {
+    /// A tensor of `checkpoint`, or some of its columns, on its way to `format`.
+    fn new(
+        checkpoint: &'a Checkpoint,
+        tensor: TensorView<'a>,
+        columns: Option<Range<usize>>,
+        format: WeightFormat,
+    ) -> Self {
+        let columns = columns.unwrap_or(0..tensor.shape.last().copied().unwrap_or(1).max(1));
         let decode = tensor.dtype == Dtype::F8E4m3 && format != WeightFormat::Fp8;
         let block = checkpoint.config().quantization.as_ref().map(|q| q.weight_block_size);
-        Self { tensor, scales: if decode { checkpoint.scale_of(tensor.name).zip(block) } else { None } }
+        Self { tensor, columns, scales: if decode { checkpoint.scale_of(tensor.name).zip(block) } else { None } }
     }
 
-    fn columns(&self) -> usize {
+    /// Numbers of a row of the tensor.
+    fn width(&self) -> usize {
         self.tensor.shape.last().copied().unwrap_or(1).max(1)
     }
 
-    fn rows(&self) -> usize {
-        self.tensor.elements() / self.columns()
+    fn columns(&self) -> usize {
+        self.columns.len()
     }
 
+    fn rows(&self) -> usize {
+        self.tensor.elements() / self.width()
+    }
+
+    /// Number `column` of its own columns.
     fn number(&self, row: usize, column: usize) -> f32 {
-        let value = number(&self.tensor, row * self.columns() + column);
+        let column = self.columns.start + column;
+        let value = number(&self.tensor, row * self.width() + column);
         match &self.scales {
             None => value,
             Some((scales, block)) => {
-                value * number(scales, row / block[0] * self.columns().div_ceil(block[1]) + column / block[1])
+                value * number(scales, row / block[0] * self.width().div_ceil(block[1]) + column / block[1])
             }
         }
     }
@@ -136,19 +151,19 @@ impl<'a> Matrix<'a> {
 /// Scales that were chosen for the first of two outputs, codes and scales, and wait for the other. Both stand in one file or
 /// in neighbours, so those of a file are all that ever wait.
 #[derive(Default)]
-struct Chosen(Mutex<HashMap<String, Vec<u8>>>);
+struct Chosen(Mutex<HashMap<(String, usize), Vec<u8>>>);
 
 impl Chosen {
     /// The scales of a tensor's groups.
     fn scales(&self, matrix: &Matrix, format: WeightFormat) -> Vec<u8> {
-        let name = matrix.tensor.name;
-        if let Some(scales) = self.0.lock().expect("nobody panics with it").remove(name) {
+        let key = (matrix.tensor.name.to_owned(), matrix.columns.start);
+        if let Some(scales) = self.0.lock().expect("nobody panics with it").remove(&key) {
             return scales;
         }
         let scales = matrix.groups(2, |_, numbers, out| {
             out.copy_from_slice(&quantize::scale(numbers, format).to_le_bytes());
         });
-        self.0.lock().expect("nobody panics with it").insert(name.to_owned(), scales.clone());
+        self.0.lock().expect("nobody panics with it").insert(key, scales.clone());
         scales
     }
 
@@ -219,7 +234,8 @@ fn convert(matrix: &Matrix, format: WeightFormat, padded: usize) -> Vec<u8> {
     let mut out = vec![0; matrix.rows() * padded * width];
     out.par_chunks_mut(padded * width).enumerate().for_each(|(row, out)| {
         if format == WeightFormat::Fp8 {
-            out[..columns].copy_from_slice(&matrix.tensor.data[row * columns..][..columns]); // only ever re-padded
+            let first = row * matrix.width() + matrix.columns.start;
+            out[..columns].copy_from_slice(&matrix.tensor.data[first..][..columns]); // only ever cut or re-padded
             return;
         }
         for (column, out) in out.chunks_exact_mut(width).take(columns).enumerate() {
@@ -275,8 +291,8 @@ struct Part<'a> {
     as_is: bool,
 }
 
-fn part<'a>(checkpoint: &'a Checkpoint, item: &Item, name: &str) -> Result<Part<'a>> {
-    let tensor = checkpoint.tensor(name)?;
+fn part<'a>(checkpoint: &'a Checkpoint, item: &Item, piece: &Piece) -> Result<Part<'a>> {
+    let tensor = checkpoint.tensor(&piece.tensor)?;
     let same_format = matches!(
         (tensor.dtype, item.weight.format),
         (Dtype::F32, WeightFormat::F32)
@@ -285,7 +301,8 @@ fn part<'a>(checkpoint: &'a Checkpoint, item: &Item, name: &str) -> Result<Part<
             | (Dtype::F8E4m3, WeightFormat::Fp8)
     );
     let columns = item.weight.shape.last().copied().unwrap_or(0);
-    Ok(Part { tensor, as_is: same_format && (item.flat || columns.is_multiple_of(4)) })
+    let is_whole = piece.columns.is_none();
+    Ok(Part { tensor, as_is: is_whole && same_format && (item.flat || columns.is_multiple_of(4)) })
 }
 
 /// Writes the weights into `staging`, or refers to the checkpoint's own files for tensors that serve as they are. Returns
@@ -306,38 +323,43 @@ pub fn write_weights(
     let mut as_is: HashMap<String, (usize, u64, u64)> = HashMap::new();
     for item in &items {
         let format = item.weight.format;
-        let names = match &item.content {
+        let pieces = match &item.content {
             Content::Generated(numbers) => {
                 let (name, shape) = (item.weight.name.clone(), vec![numbers.len()]);
                 outputs.push(Output { name, shape, format, source: Source::Numbers(numbers), meter: &meter });
                 continue;
             }
-            Content::Scales(names, codes) => {
-                for name in names {
-                    let matrix = Matrix::new(checkpoint, checkpoint.tensor(name)?, *codes);
+            Content::Scales(pieces, codes) => {
+                for piece in pieces {
+                    let tensor = checkpoint.tensor(&piece.tensor)?;
+                    let matrix = Matrix::new(checkpoint, tensor, piece.columns.clone(), *codes);
                     let shape = vec![matrix.rows(), matrix.columns() / quantize::LEN];
                     let source = Source::Scales { matrix, format: *codes, chosen: &chosen };
-                    outputs.push(Output { name: scale_name(name), shape, format, source, meter: &meter });
+                    let name = scale_name(&piece.name());
+                    outputs.push(Output { name, shape, format, source, meter: &meter });
                 }
                 continue;
             }
-            Content::Tensors(names) => names,
+            Content::Tensors(pieces) => pieces,
         };
-        for name in names {
+        for piece in pieces {
             meter.check()?;
-            let Part { tensor, as_is: serves } = part(checkpoint, item, name)?;
-            let matrix = Matrix::new(checkpoint, tensor, format);
+            let (name, Part { tensor, as_is: serves }) = (piece.name(), part(checkpoint, item, piece)?);
+            let matrix = Matrix::new(checkpoint, tensor, piece.columns.clone(), format);
             if format.is_grouped() {
                 matrix.check_finite(checkpoint)?;
-            } else {
+            } else if matrix.columns.start == 0 {
                 warnings.extend(bad_numbers(&tensor, format));
             }
             if serves && reference {
-                as_is.insert(name.clone(), (tensor.file, tensor.offset as u64, tensor.data.len() as u64));
+                as_is.insert(name, (tensor.file, tensor.offset as u64, tensor.data.len() as u64));
                 referenced.push(tensor.file);
                 continue;
             }
             let mut shape = tensor.shape.to_vec();
+            if let Some(last) = shape.last_mut() {
+                *last = matrix.columns();
+            }
             let source = if serves {
                 Source::Same(tensor.data)
             } else if format.is_grouped() {
@@ -351,7 +373,7 @@ pub fn write_weights(
                 }
                 Source::Convert(matrix)
             };
-            outputs.push(Output { name: name.clone(), shape, format, source, meter: &meter });
+            outputs.push(Output { name, shape, format, source, meter: &meter });
         }
     }
     let zeros = [0f32; 4];

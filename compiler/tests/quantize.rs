@@ -287,24 +287,32 @@ fn compiled(checkpoint: &Checkpoint, options: &Options, out: &Path) -> (Bundle, 
     (Bundle::open(out).unwrap(), warnings)
 }
 
-/// Names of the tensors that a weight is made of: shared experts may stand behind the routed ones.
-fn tensors_of(checkpoint: &Checkpoint, weight: &Weight) -> Vec<String> {
-    let tensor = |expert: u64| {
-        let routed = weight.name.replace('*', &expert.to_string());
-        let is_there = checkpoint.find(&routed).is_some();
-        if is_there { routed } else { weight.name.replace("experts.*", "shared_experts") }
-    };
-    match weight.shape[..] {
-        [experts, _, _] => (0..experts).map(tensor).collect(),
-        _ => vec![weight.name.clone()],
+/// The numbers that a weight is made of: shared experts may stand behind the routed ones, with rows or columns of one tensor each.
+fn numbers_of(checkpoint: &Checkpoint, weight: &Weight) -> Vec<f64> {
+    let [experts, _, columns] = weight.shape[..] else { return stored(checkpoint, &weight.name) };
+    let routed = (0..experts).map(|expert| weight.name.replace('*', &expert.to_string()));
+    let routed: Vec<String> = routed.filter(|name| checkpoint.find(name).is_some()).collect();
+    let mut numbers: Vec<f64> = routed.iter().flat_map(|name| stored(checkpoint, name)).collect();
+    let (missing, columns) = (experts as usize - routed.len(), columns as usize);
+    if missing > 0 {
+        let name = weight.name.replace("experts.*", "shared_experts");
+        let (shared, width) = (stored(checkpoint, &name), checkpoint.tensor(&name).unwrap().shape[1]);
+        for first in (0..width).step_by(columns) {
+            numbers.extend(shared.chunks(width).flat_map(|row| &row[first..first + columns]));
+        }
     }
+    numbers
 }
 
 #[test]
 fn bundles_hold_the_numbers_in_few_bits() {
-    for storage in [Storage::Bf16, Storage::Fp8, Storage::F32] {
+    let two: &[&str] = &["n_shared_experts=2", "moe_intermediate_size=128"];
+    let none: &[&str] = &[];
+    for (storage, more) in
+        [(Storage::Bf16, none), (Storage::Fp8, none), (Storage::F32, none), (Storage::Bf16, two), (Storage::Fp8, two)]
+    {
         let temp = tempfile::tempdir().unwrap();
-        let checkpoint = checkpoint(&temp.path().join("model"), storage, &[]);
+        let checkpoint = checkpoint(&temp.path().join("model"), storage, more);
         for format in BOTH {
             let (bundle, warnings) = compiled(&checkpoint, &options(format), &temp.path().join(format.name()));
             assert!(warnings.is_empty(), "{warnings:?}");
@@ -315,8 +323,7 @@ fn bundles_hold_the_numbers_in_few_bits() {
                 if !weight.format.is_grouped() {
                     continue;
                 }
-                let expected: Vec<f64> =
-                    tensors_of(&checkpoint, weight).iter().flat_map(|name| stored(&checkpoint, name)).collect();
+                let expected = numbers_of(&checkpoint, weight);
                 let got = decode(&bundle, &weight.name);
                 assert_eq!(got.len(), expected.len());
                 let (mut noise, mut signal) = (0.0, 0.0);
@@ -336,11 +343,11 @@ fn bundles_hold_the_numbers_in_few_bits() {
             // Every kind of matrix is where it belongs.
             let of = |format| found.get(&format).cloned().unwrap_or_default();
             let (eight, four) = (of(WeightFormat::Int8), of(WeightFormat::Int4));
-            for name in ["embed_tokens", "lm_head", "kv_b_proj", "eh_proj"] {
+            for name in ["embed_tokens", "lm_head", "q_a_proj", "kv_a_proj_with_mqa", "kv_b_proj", "eh_proj"] {
                 assert!(eight.contains(&name) && !four.contains(&name), "{name}");
             }
             let list = if format == WeightFormat::Int4 { &four } else { &eight };
-            for name in ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj", "gate_proj", "up_proj", "down_proj"] {
+            for name in ["q_b_proj", "o_proj", "gate_proj", "up_proj", "down_proj"] {
                 assert!(list.contains(&name), "{name}");
             }
             let rest: Vec<&str> =

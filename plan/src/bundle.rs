@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -119,38 +120,116 @@ impl Bundle {
         Ok(Self { dir: dir.into(), plan, kernels })
     }
 
-    /// Maps the weight files and holds them against their hashes. `progress` is called with the bytes of each file
-    /// when it has been hashed.
-    pub fn map_weights(&self, progress: &dyn Fn(u64)) -> Result<WeightFiles, Error> {
+    /// Maps the weight files. Only their lengths are checked: what is read from them must not be used before a
+    /// [`Verifier`] has seen all of their [`WeightFiles::windows`].
+    pub fn map_weights(&self) -> Result<WeightFiles, Error> {
         if self.plan.weights.iter().any(|w| w.shards.iter().any(|s| s.segments.is_empty())) {
             return Err(Error::NoWeights { path: self.dir.clone() });
         }
-        let mut maps = Vec::with_capacity(self.plan.files.len());
+        let mut files = Vec::with_capacity(self.plan.files.len());
+        let mut start = 0;
         for file in &self.plan.files {
             let path = self.dir.join(&file.path); // `join` takes an absolute, referenced path as it is
             let map = Mapped::open(&path).map_err(unreadable(&path))?;
             if map.len() as u64 != file.bytes {
                 return Err(damaged(&path, format!("{} bytes, {} expected", map.len(), file.bytes)));
             }
-            if hash_file(&map) != file.blake3 {
-                return Err(damaged(&path, "its contents do not match their hash".into()));
-            }
-            progress(file.bytes);
-            maps.push(map);
+            files.push(MappedFile { path, map, blake3: file.blake3.clone(), start });
+            start += file.bytes;
         }
-        Ok(WeightFiles(maps))
+        Ok(WeightFiles { files, bytes: start })
     }
 }
 
-/// The mapped weight files of a bundle, verified.
+/// Bytes of weight files that are read and verified at once: enough to share among all cores.
+const WINDOW: usize = 16 << 20;
+
+/// A mapped weight file.
 #[derive(Debug)]
-pub struct WeightFiles(Vec<Mapped>);
+struct MappedFile {
+    path: PathBuf,
+    map: Mapped,
+    blake3: String,
+    /// Where it begins if all files stood behind one another.
+    start: u64,
+}
+
+/// The mapped weight files of a bundle. Positions in them count bytes as if the files stood behind one another.
+#[derive(Debug)]
+pub struct WeightFiles {
+    files: Vec<MappedFile>,
+    bytes: u64,
+}
+
+/// A piece of a weight file that is read and verified at once.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Window {
+    file: usize,
+    range: Range<usize>,
+    /// The positions of its bytes.
+    pub positions: Range<u64>,
+}
 
 impl WeightFiles {
+    /// Bytes of all files.
+    pub fn total_bytes(&self) -> u64 {
+        self.bytes
+    }
+
     /// The bytes of a segment of the plan these files belong to.
     pub fn bytes(&self, segment: &crate::Segment) -> &[u8] {
         let start = segment.offset as usize;
-        &self.0[segment.file as usize][start..start + segment.bytes as usize]
+        &self.files[segment.file as usize].map[start..start + segment.bytes as usize]
+    }
+
+    /// The position of a segment's first byte.
+    pub fn position(&self, segment: &crate::Segment) -> u64 {
+        self.files[segment.file as usize].start + segment.offset
+    }
+
+    /// All bytes of all files in order, in pieces. An empty file is one empty piece.
+    pub fn windows(&self) -> impl Iterator<Item = Window> {
+        self.files.iter().enumerate().flat_map(|(file, MappedFile { map, start, .. })| {
+            (0..map.len().div_ceil(WINDOW).max(1)).map(move |index| {
+                let range = index * WINDOW..map.len().min((index + 1) * WINDOW);
+                let positions = start + range.start as u64..start + range.end as u64;
+                Window { file, range, positions }
+            })
+        })
+    }
+
+    /// Waits until a window is in memory, and asks for the next one.
+    pub fn fetch(&self, window: &Window) {
+        self.files[window.file].map.fetch(window.range.clone(), WINDOW);
+    }
+
+    /// Begins to hold the files against their hashes.
+    pub fn verifier(&self) -> Verifier<'_> {
+        Verifier { files: self, hasher: blake3::Hasher::new() }
+    }
+}
+
+/// Holds weight files against their hashes.
+#[derive(Debug)]
+pub struct Verifier<'a> {
+    files: &'a WeightFiles,
+    hasher: blake3::Hasher,
+}
+
+impl Verifier<'_> {
+    /// Takes the next window, on all cores; all of them in order are to be given. An error after a file's last window if
+    /// the file is not what was compiled.
+    pub fn take(&mut self, window: &Window) -> Result<(), Error> {
+        let MappedFile { path, map, blake3, .. } = &self.files.files[window.file];
+        self.hasher.update_rayon(&map[window.range.clone()]);
+        if window.range.end < map.len() {
+            return Ok(());
+        }
+        let found = std::mem::take(&mut self.hasher).finalize().to_hex();
+        if found.as_str() != blake3 {
+            return Err(damaged(path, "its contents do not match their hash".into()));
+        }
+        Ok(())
     }
 }
 

@@ -20,7 +20,7 @@ pub use batch::{
     BIASED, DRAFT_WORDS, FINISHED_STEPS, Group, Header, LOGPROB_TOP, LOGPROB_WORDS, MASKED, MAX_DRAFT_MODULES,
     MAX_DRAFTS, PAGE_TOKENS, POISONED, REJECTED, Sampling, TokenInfo,
 };
-pub use bundle::{Bundle, Entry, MANIFEST, Manifest, PLAN, Staging, WeightFiles, hash_file};
+pub use bundle::{Bundle, Entry, MANIFEST, Manifest, PLAN, Staging, Verifier, WeightFiles, Window, hash_file};
 pub use dim::{Dim, Symbol, Symbols};
 pub use edit::{Edit, EditError, FORCED, MUTED, Place, check_edits, parameter_values};
 pub use error::Error;
@@ -31,8 +31,8 @@ pub use taps::TapChoice;
 pub use types::{
     Access, Binding, BindingLayout, Buffer, Cost, DType, Indirect, Kernel, ModelInfo, Parameter, ParameterKind, Plan,
     Precision, Program, ProgramKind, Requirements, Role, SCALE_GROUP, Segment, Shard, Step, TOP_TOKENS, TapGroup,
-    TapSpec, Weight, WeightFile, WeightFormat, When,
+    TapSpec, TunedOn, Weight, WeightFile, WeightFormat, When,
 };
 
 /// Version of the bundle format. A bundle of another version is refused; compile it again.
-pub const FORMAT_VERSION: u32 = 5;
+pub const FORMAT_VERSION: u32 = 6;

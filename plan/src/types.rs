@@ -84,6 +84,9 @@ pub struct ModelInfo {
 pub struct Requirements {
     /// Name of the profile that the plan was compiled for.
     pub profile: String,
+    /// The device that the profile's choices were measured on, if they were.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tuned_on: Option<TunedOn>,
     /// No binding of weights is larger than this, in bytes; buffers are sized by the runtime to fit it too, save the ring of
     /// log probabilities, which has 336 KiB.
     pub max_binding_bytes: u64,
@@ -95,6 +98,20 @@ pub struct Requirements {
     pub workgroup_bytes: u32,
     /// Invocations that every subgroup must have at least; 0 if kernels use no subgroup operations.
     pub subgroup_invocations: u32,
+    /// Rows and columns of the cooperative matrices (f16 with sums in f32) that programs of [`Precision::Fast`] multiply by, on a
+    /// device whose subgroups all have `subgroup_invocations`: 8 or 16; 0 if none do.
+    pub cooperative: u32,
+}
+
+/// A device that kernels were chosen for by measurement. Others run them, too, but may not be as fast.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TunedOn {
+    /// The device's name, as its driver gives it.
+    pub device: String,
+    /// Name of the driver.
+    pub driver: String,
+    /// Version of the driver.
+    pub driver_info: String,
 }
 
 /// A safetensors file with weights.

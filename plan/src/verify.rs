@@ -18,6 +18,8 @@ pub fn verify(plan: &Plan) -> Result<(), String> {
     ensure(plan.model.max_context > 0, || "model.max_context is 0".into())?;
     let modules = plan.model.mtp_modules;
     ensure(modules as usize <= plan.programs.len(), || format!("model.mtp_modules is {modules}, without programs"))?;
+    let matrices = plan.requirements.cooperative;
+    ensure([0, 8, 16].contains(&matrices), || format!("requirements.cooperative is {matrices}"))?;
     let model = &plan.model;
     ensure(model.experts < MANY, || format!("model.experts is {}", model.experts))?;
     if model.experts > 0 {

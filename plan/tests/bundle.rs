@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use moewe_plan::{
     Access, Binding, BindingLayout, Buffer, Bundle, Cost, DType, Dim, Entry, Error, FORMAT_VERSION, Indirect, Kernel,
     MANIFEST, Manifest, ModelInfo, PLAN, Parameter, ParameterKind, Plan, Precision, Program, ProgramKind, Requirements,
-    Role, Segment, Shard, Staging, Step, Symbol, Symbols, TapGroup, TapSpec, Weight, WeightFile, WeightFormat, When,
-    hash_file,
+    Role, Segment, Shard, Staging, Step, Symbol, Symbols, TapGroup, TapSpec, Weight, WeightFile, WeightFiles,
+    WeightFormat, When, hash_file,
 };
 use proptest::prelude::*;
 
@@ -47,11 +47,13 @@ fn plan() -> Plan {
         fast_latents: moewe_plan::Latent::F16,
         requirements: Requirements {
             profile: "test".into(),
+            tuned_on: None,
             max_binding_bytes: 1 << 20,
             storage_buffers: 3,
             workgroup_invocations: 64,
             workgroup_bytes: 1024,
             subgroup_invocations: 0,
+            cooperative: 0,
         },
         files: vec![WeightFile { path: WEIGHTS.into(), referenced: false, bytes: 40, blake3: hash_file(&weights) }],
         weights: vec![Weight {
@@ -169,8 +171,23 @@ fn bundle() -> (tempfile::TempDir, PathBuf) {
 
 fn read(dir: &Path) -> Result<Bundle, Error> {
     let bundle = Bundle::open(dir)?;
-    bundle.map_weights(&|_| ())?;
+    verified(&bundle)?;
     Ok(bundle)
+}
+
+/// The weight files and how many bytes of them were verified.
+fn verified(bundle: &Bundle) -> Result<(WeightFiles, u64), Error> {
+    let files = bundle.map_weights()?;
+    let mut verifier = files.verifier();
+    let mut end = 0;
+    for window in files.windows() {
+        assert_eq!(window.positions.start, end);
+        files.fetch(&window);
+        verifier.take(&window)?;
+        end = window.positions.end;
+    }
+    assert_eq!(end, files.total_bytes());
+    Ok((files, end))
 }
 
 /// The error of a plan that has been changed, its manifest mended.
@@ -191,9 +208,8 @@ fn what_is_written_is_read_back() {
     let bundle = Bundle::open(&path).unwrap();
     assert_eq!(bundle.plan, plan());
     assert_eq!(bundle.kernels, [KERNEL]);
-    let hashed = std::cell::Cell::new(0);
-    let files = bundle.map_weights(&|bytes| hashed.set(hashed.get() + bytes)).unwrap();
-    assert_eq!(hashed.get(), 40);
+    let (files, hashed) = verified(&bundle).unwrap();
+    assert_eq!(hashed, 40);
     assert_eq!(files.bytes(&bundle.plan.weights[0].shards[1].segments[1]), [7; 19]);
     // The same input gives the same bytes, over an older bundle too.
     let first = fs::read(path.join(MANIFEST)).unwrap();
@@ -268,12 +284,12 @@ fn truncated_and_missing_files_are_named() {
 #[test]
 fn other_versions_are_refused_before_anything_else() {
     let (_dir, path) = bundle();
-    for version in ["0", "1", "2", "3", "4", "6", "4294967296", "18446744073709551615"] {
+    for version in ["0", "1", "2", "3", "4", "5", "7", "4294967296", "18446744073709551615"] {
         fs::write(path.join(MANIFEST), format!("{{\"format_version\": {version}}}")).unwrap();
         assert!(matches!(read(&path), Err(Error::Version { expected: FORMAT_VERSION, .. })), "{version}");
     }
     for text in
-        ["", "{}", "[]", "null", "{\"format_version\": \"1\"}", "{\"format_version\": 5}", "{\"format_version\": -1}"]
+        ["", "{}", "[]", "null", "{\"format_version\": \"1\"}", "{\"format_version\": 6}", "{\"format_version\": -1}"]
     {
         fs::write(path.join(MANIFEST), text).unwrap();
         assert!(matches!(read(&path), Err(Error::Damaged { .. })), "{text}");
@@ -381,7 +397,7 @@ fn tiles_are_counted_for_the_worst_case() {
 fn plans_that_contradict_themselves_are_refused() {
     type Change = fn(&mut Plan);
     let second = |p: &mut Plan| p.parameters.push(p.parameters[0].clone());
-    let cases: [(&str, Change); 54] = [
+    let cases: [(&str, Change); 55] = [
         ("vocab_size", |p| p.model.vocab_size = 0),
         ("max_context", |p| p.model.max_context = 0),
         ("weight file", |p| p.files[0].bytes = u64::MAX),
@@ -397,6 +413,7 @@ fn plans_that_contradict_themselves_are_refused() {
         ("shards cover", |p| p.weights[0].shape[0] = 5),
         ("not consecutive", |p| p.weights[0].shards[1].first = 0),
         ("max_binding_bytes", |p| p.requirements.max_binding_bytes = 23),
+        ("requirements.cooperative is 9", |p| p.requirements.cooperative = 9),
         ("absurd", |p| p.buffers[1].elements = Dim::Times(Symbol::Pages, 1 << 50)),
         ("division by 0", |p| p.buffers[1].elements = Dim::CeilDiv(Symbol::Pages, 0)),
         ("empty", |p| p.buffers[1].elements = Dim::Const(0)),
@@ -514,7 +531,7 @@ proptest! {
             for buffer in &bundle.plan.buffers {
                 let _ = buffer.elements.eval(&symbols);
             }
-            if let Ok(files) = bundle.map_weights(&|_| ()) {
+            if let Ok((files, _)) = verified(&bundle) {
                 let segments = bundle.plan.weights.iter().flat_map(|w| &w.shards).flat_map(|s| &s.segments);
                 for segment in segments {
                     prop_assert_eq!(files.bytes(segment).len() as u64, segment.bytes);

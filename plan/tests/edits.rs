@@ -25,11 +25,13 @@ fn plan() -> Plan {
         fast_latents: moewe_plan::Latent::F16,
         requirements: Requirements {
             profile: String::new(),
+            tuned_on: None,
             max_binding_bytes: 0,
             storage_buffers: 0,
             workgroup_invocations: 0,
             workgroup_bytes: 0,
             subgroup_invocations: 0,
+            cooperative: 0,
         },
         files: Vec::new(),
         weights: Vec::new(),

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use moewe_plan::{Buffer, DType, Dim, Plan, Program, ProgramKind, Role, Symbol, TapSpec};
+use moewe_plan::{Buffer, DType, Dim, Plan, Precision, Program, ProgramKind, Role, Symbol, TapSpec};
 
 use crate::error::kind_name;
 use crate::{AdapterInfo, Error, Gpu, Result};
@@ -42,6 +42,29 @@ pub(crate) fn check_device(plan: &Plan, gpu: &Gpu) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Rows and columns of the cooperative matrices that programs of this precision need, 0 if none, or that the device lacks them.
+pub(crate) fn check_cooperative(plan: &Plan, precision: Precision, info: &AdapterInfo) -> Result<u32> {
+    let needs = &plan.requirements;
+    if precision != Precision::Fast || needs.cooperative == 0 {
+        return Ok(0);
+    }
+    // Kernels have as many subgroups as a workgroup makes of this size.
+    if info.cooperative.contains(&needs.cooperative) && info.subgroup_size == [needs.subgroup_invocations; 2] {
+        return Ok(needs.cooperative);
+    }
+    let sizes: Vec<String> = info.cooperative.iter().map(|size| format!("{size}×{size}")).collect();
+    let [least, most] = info.subgroup_size;
+    Err(Error::Cooperative {
+        device: info.name.clone(),
+        found: if sizes.is_empty() { "none".into() } else { sizes.join(" and ") },
+        subgroups: if least == most { least.to_string() } else { format!("{least} to {most}") },
+        size: needs.cooperative,
+        lanes: needs.subgroup_invocations,
+        profile: needs.profile.clone(),
+        remedy: remedy(info),
+    })
 }
 
 /// A profile that a device like this one can surely run.

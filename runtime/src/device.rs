@@ -1,12 +1,16 @@
 //! Finding and opening devices.
 
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
+use moewe_plan::{Plan, Precision};
 use wgpu::{Features, InstanceFlags, PollError, PollType};
 
+use crate::check::{check_cooperative, check_device};
 use crate::memory::{self, Memory};
+use crate::pipeline_cache::PipelineCache;
 use crate::{Error, Result};
 
 /// What sort of device it is, the preferred ones first.
@@ -44,6 +48,8 @@ pub struct AdapterInfo {
     pub index: usize,
     /// Name, as the driver gives it.
     pub name: String,
+    /// PCI ids of its vendor and of the device itself.
+    pub ids: [u32; 2],
     /// Name of the driver.
     pub driver: String,
     /// Version of the driver.
@@ -70,6 +76,9 @@ pub struct AdapterInfo {
     pub subgroups: bool,
     /// Whether kernels can compute in f16.
     pub shader_f16: bool,
+    /// Rows and columns of the cooperative matrices of f16 with sums in f32, as far as kernels can name them (8, 16) and
+    /// subgroups all have one size.
+    pub cooperative: Vec<u32>,
     /// Whether the device can write timestamps.
     pub timestamps: bool,
     /// Bytes of memory, where they are known (software drivers).
@@ -141,6 +150,7 @@ pub struct Gpu {
     info: AdapterInfo,
     faults: Arc<Faults>,
     stop: OnceLock<&'static AtomicBool>,
+    pipeline_cache: OnceLock<Option<PipelineCache>>,
 }
 
 /// All Vulkan devices of this machine.
@@ -183,6 +193,7 @@ fn describe(index: usize, adapter: &wgpu::Adapter) -> AdapterInfo {
     AdapterInfo {
         index,
         name: info.name,
+        ids: [info.vendor, info.device],
         driver: info.driver,
         driver_info: info.driver_info,
         backend: info.backend.to_string(),
@@ -196,9 +207,29 @@ fn describe(index: usize, adapter: &wgpu::Adapter) -> AdapterInfo {
         workgroups: limits.max_compute_workgroups_per_dimension,
         subgroups: features.contains(Features::SUBGROUP),
         shader_f16: features.contains(Features::SHADER_F16),
+        cooperative: if features.contains(COOPERATIVE) && info.subgroup_min_size == info.subgroup_max_size {
+            cooperative_sizes(adapter)
+        } else {
+            Vec::new()
+        },
         timestamps: features.contains(Features::TIMESTAMP_QUERY),
         memory_bytes: (device_type == DeviceType::Cpu).then(memory::host_bytes).flatten(),
     }
+}
+
+/// What kernels with cooperative matrices need.
+const COOPERATIVE: Features =
+    Features::EXPERIMENTAL_COOPERATIVE_MATRIX.union(Features::SHADER_F16).union(Features::SUBGROUP);
+
+fn cooperative_sizes(adapter: &wgpu::Adapter) -> Vec<u32> {
+    use wgpu::CooperativeScalarType::{F16, F32};
+    let there = adapter.cooperative_matrix_properties();
+    let has = |size: u32| {
+        there.iter().any(|matrix| {
+            [matrix.m_size, matrix.n_size, matrix.k_size] == [size; 3] && (matrix.ab_type, matrix.cr_type) == (F16, F32)
+        })
+    };
+    [8, 16].into_iter().filter(|&size| has(size)).collect()
 }
 
 /// The place of the chosen adapter.
@@ -226,18 +257,73 @@ fn choose(infos: &[AdapterInfo], selector: &Selector) -> Result<usize> {
 }
 
 impl Gpu {
-    /// Opens a device with all the limits it has and the features that kernels may use.
+    /// Opens a device with all the limits it has and the features that kernels may use, save cooperative matrices: these are
+    /// experimental in wgpu, and [`Gpu::for_plan`] adds them where they are needed.
     pub fn open(selector: &Selector) -> Result<Arc<Self>> {
         let instance = instance();
         let mut adapters = adapters(&instance);
         let infos: Vec<AdapterInfo> = adapters.iter().enumerate().map(|(i, adapter)| describe(i, adapter)).collect();
         let index = choose(&infos, selector)?;
         let (adapter, info) = (adapters.swap_remove(index), infos[index].clone());
-        let wanted = Features::SUBGROUP | Features::SHADER_F16 | Features::TIMESTAMP_QUERY;
+        Self::request(instance, adapter, info, false)
+    }
+
+    /// The same device if programs of this precision can run on it as it was opened, else its adapter opened once more, with
+    /// cooperative matrices.
+    ///
+    /// # Errors
+    /// [`Error::Requirement`] and [`Error::Cooperative`] if the device does not have what such programs need; [`Error::Open`].
+    pub fn for_plan(self: &Arc<Self>, plan: &Plan, precision: Precision) -> Result<Arc<Self>> {
+        check_device(plan, self)?;
+        match check_cooperative(plan, precision, &self.info)? {
+            0 => Ok(Arc::clone(self)),
+            _ => self.with_cooperative(),
+        }
+    }
+
+    /// The same device if it was opened with cooperative matrices or has none, else its adapter opened once more, with them.
+    pub fn with_cooperative(self: &Arc<Self>) -> Result<Arc<Self>> {
+        if self.info.cooperative.is_empty() || self.cooperative().is_some() {
+            return Ok(Arc::clone(self));
+        }
+        let opened = Self::request(self.instance.clone(), self.adapter.clone(), self.info.clone(), true)?;
+        if let Some(flag) = self.stop.get() {
+            opened.stop_when(flag);
+        }
+        if let Some(cache) = self.pipeline_cache() {
+            opened.cache_pipelines_in(cache.dir());
+        }
+        Ok(opened)
+    }
+
+    /// Rows and columns of the largest cooperative matrices (f16 with sums in f32) that kernels can use; `None` if the device was
+    /// opened without them.
+    pub fn cooperative(&self) -> Option<u32> {
+        self.info.cooperative.iter().copied().max().filter(|_| self.device.features().contains(COOPERATIVE))
+    }
+
+    fn request(
+        instance: wgpu::Instance,
+        adapter: wgpu::Adapter,
+        info: AdapterInfo,
+        cooperative: bool,
+    ) -> Result<Arc<Self>> {
+        let mut wanted =
+            Features::SUBGROUP | Features::SHADER_F16 | Features::TIMESTAMP_QUERY | Features::PIPELINE_CACHE;
+        let mut experimental_features = wgpu::ExperimentalFeatures::disabled();
+        if cooperative {
+            wanted |= COOPERATIVE;
+            // SAFETY: the one condition is to accept that wgpu's own code for such features may be unsound. They are used by
+            // our kernels `gemm_coop` and `product_cooperative` alone.
+            #[allow(unsafe_code)]
+            let accepted = unsafe { wgpu::ExperimentalFeatures::enabled() };
+            experimental_features = accepted;
+        }
         let descriptor = wgpu::DeviceDescriptor {
             label: Some("moewe"),
             required_features: adapter.features() & wanted,
             required_limits: adapter.limits(),
+            experimental_features,
             ..Default::default()
         };
         let (device, queue) = pollster::block_on(adapter.request_device(&descriptor))
@@ -254,8 +340,8 @@ impl Gpu {
             lost.lost.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(what);
         });
         let memory = Arc::new(Memory::new(info.memory_bytes));
-        let (limits, stop) = (device.limits(), OnceLock::new());
-        Ok(Arc::new(Self { instance, adapter, device, queue, limits, memory, info, faults, stop }))
+        let (limits, stop, pipeline_cache) = (device.limits(), OnceLock::new(), OnceLock::new());
+        Ok(Arc::new(Self { instance, adapter, device, queue, limits, memory, info, faults, stop, pipeline_cache }))
     }
 
     /// What another part of this process needs to draw with this device.
@@ -297,6 +383,22 @@ impl Gpu {
     /// From now on loading, making pipelines and prefill end with [`Error::Interrupted`] soon after `flag` is set.
     pub fn stop_when(&self, flag: &'static AtomicBool) {
         let _ = self.stop.set(flag); // a second flag has no say
+    }
+
+    /// From now on what the driver compiles is kept in a file in `dir`, one for each device, for pipelines of later
+    /// processes. A directory that cannot be read or written, and a file that is damaged or of another device or driver, do
+    /// no harm.
+    pub fn cache_pipelines_in(&self, dir: &Path) {
+        // A second directory has no say.
+        self.pipeline_cache.get_or_init(|| {
+            let can = self.device.features().contains(Features::PIPELINE_CACHE);
+            can.then(|| PipelineCache::open(self, &self.adapter.get_info(), dir)).flatten()
+        });
+    }
+
+    /// The driver's cache, if it is kept.
+    pub(crate) fn pipeline_cache(&self) -> Option<&PipelineCache> {
+        self.pipeline_cache.get()?.as_ref()
     }
 
     /// An error if the caller asked to stop.
@@ -401,6 +503,7 @@ mod tests {
         AdapterInfo {
             index,
             name: name.into(),
+            ids: [0; 2],
             driver: format!("{name} driver"),
             driver_info: String::new(),
             backend: "vulkan".into(),
@@ -414,6 +517,7 @@ mod tests {
             workgroups: 1,
             subgroups: false,
             shader_f16: false,
+            cooperative: Vec::new(),
             timestamps: false,
             memory_bytes: None,
         }

@@ -101,6 +101,34 @@ pub enum Error {
         /// A profile that fits better.
         remedy: &'static str,
     },
+    /// The device lacks the cooperative matrices that programs of precision `fast` multiply by.
+    #[error(
+        "{device} has cooperative matrices of f16: {found}, in subgroups of {subgroups}; in precision fast the bundle (compiled for \
+         {profile}) needs {size}×{size} in subgroups of {lanes}; run it with `--precision exact`, or compile the checkpoint \
+         again for a device like this: `--target {remedy}`"
+    )]
+    Cooperative {
+        /// Name of the device.
+        device: String,
+        /// Sizes that the device has, in words.
+        found: String,
+        /// Invocations of its subgroups, in words.
+        subgroups: String,
+        /// Rows and columns that the plan needs.
+        size: u32,
+        /// Invocations of a subgroup that the plan needs.
+        lanes: u32,
+        /// The profile that the plan was compiled for.
+        profile: String,
+        /// A profile that fits better.
+        remedy: &'static str,
+    },
+    /// The device was opened without the cooperative matrices that it has and the program needs.
+    #[error("{device} was opened without cooperative matrices, which the program needs; open it by `Gpu::for_plan`")]
+    NotCooperative {
+        /// Name of the device.
+        device: String,
+    },
     /// A kernel could not be made into a pipeline.
     #[error("kernel {kernel} is not accepted by {device}: {what}")]
     Kernel {

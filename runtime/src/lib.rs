@@ -17,10 +17,12 @@ pub mod engine;
 mod error;
 mod frame;
 mod generate;
+mod load;
 mod measure;
 mod memory;
 mod model;
 mod pages;
+mod pipeline_cache;
 mod pipelines;
 mod record;
 mod ring;
@@ -35,8 +37,11 @@ pub use decode::MAX_BURST;
 pub use device::{AdapterInfo, DeviceType, Gpu, Handles, Selector, list};
 pub use error::{Error, Result};
 pub use generate::{GenerateOptions, Generated, StopReason, Timing, continue_sequence, generate};
-pub use measure::{Bandwidth, MatrixRates, copy_bandwidth, dispatch_cost, matrix_rates, submit_latency};
-pub use model::{Model, Progress};
+pub use load::Loaded;
+pub use measure::{
+    Bandwidth, Bench, Dispatch, MatrixRates, Store, copy_bandwidth, dispatch_cost, matrix_rates, submit_latency,
+};
+pub use model::{LoadOptions, Model, Progress};
 pub use pages::Page;
 pub use ring::FrameReceiver;
 pub use sequences::SequenceId;

@@ -1,5 +1,6 @@
 //! What a device can do at most: copies, dispatches, submissions, matrix products.
 
+mod alone;
 mod matrix;
 
 use std::time::Instant;
@@ -11,6 +12,7 @@ use crate::memory::Buffer;
 use crate::pipelines::{self, Pipeline};
 use crate::{DeviceType, Gpu, Result};
 
+pub use alone::{Bench, Dispatch, Store};
 pub use matrix::{MatrixRates, matrix_rates};
 
 /// Bytes a second, read and written ones counted.

@@ -43,6 +43,9 @@ pub(crate) fn make_all(gpu: &Gpu, jobs: &[(&Kernel, &str)], progress: &dyn Fn(Pr
         }
     });
     gpu.check()?;
+    if let Some(cache) = gpu.pipeline_cache().filter(|_| !jobs.is_empty()) {
+        cache.save();
+    }
     // After a failure some jobs were left out; the failure comes before them or among them.
     let failed = made.iter_mut().find(|result| matches!(result, Some(Err(_)))).and_then(Option::take);
     match failed {
@@ -84,8 +87,12 @@ fn make(gpu: &Gpu, kernel: &Kernel, source: &str) -> Result<Pipeline> {
             layout: Some(&pipeline_layout),
             module: &module,
             entry_point: Some("main"),
-            compilation_options: wgpu::PipelineCompilationOptions::default(),
-            cache: None,
+            // Kernels write what they read of it.
+            compilation_options: wgpu::PipelineCompilationOptions {
+                zero_initialize_workgroup_memory: false,
+                ..Default::default()
+            },
+            cache: gpu.pipeline_cache().map(|cache| &cache.raw),
         });
         Pipeline { pipeline, layout }
     });

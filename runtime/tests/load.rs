@@ -4,10 +4,16 @@ mod common;
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use common::{gpu, load, options, plan, write_bundle};
-use moewe_plan::{Buffer, Bundle, DType, Dim, FORMAT_VERSION, Kernel, Plan, ProgramKind, Role, Symbol};
-use moewe_runtime::{Error, Gpu, Model, Progress, Result, Selector, Session, SessionOptions};
+use common::{continuation, gpu, load, options, plan, write_bundle};
+use moewe_plan::{
+    Buffer, Bundle, DType, Dim, FORMAT_VERSION, Kernel, Plan, Precision, ProgramKind, Role, Segment, Symbol,
+    WeightFile, hash_file,
+};
+use moewe_runtime::{
+    Error, GenerateOptions, Gpu, LoadOptions, Model, Progress, Result, Selector, Session, SessionOptions, generate,
+};
 
 fn bundle() -> (tempfile::TempDir, PathBuf) {
     let dir = tempfile::tempdir().unwrap();
@@ -217,7 +223,7 @@ fn programs_that_are_not_there_are_named() {
     let model = load(plan()).unwrap();
     let draft = SessionOptions { kinds: vec![ProgramKind::Draft { module: 2 }], ..SessionOptions::default() };
     assert!(matches!(Session::new(model.clone(), draft), Err(Error::NoProgram { .. })));
-    let fast = SessionOptions { precision: moewe_plan::Precision::Fast, ..SessionOptions::default() };
+    let fast = SessionOptions { precision: Precision::Fast, ..SessionOptions::default() };
     let error = Session::new(model, fast).unwrap_err();
     assert_eq!(error.to_string(), "the bundle has no forward program for precision fast");
     let (_dir, path) = bundle();
@@ -232,7 +238,7 @@ fn loading_reports_its_progress_and_frees_its_memory() {
     let gpu = gpu();
     let seen = std::cell::RefCell::new(Vec::new());
     let model = Model::load(&gpu, &Bundle::open(&path).unwrap(), &|p| seen.borrow_mut().push(p)).unwrap();
-    model.prepare(&[ProgramKind::Forward], moewe_plan::Precision::Exact, &|p| seen.borrow_mut().push(p)).unwrap();
+    model.prepare(&[ProgramKind::Forward], Precision::Exact, &|p| seen.borrow_mut().push(p)).unwrap();
     let seen = seen.into_inner();
     assert!(seen.contains(&Progress::Verify { done: 80, total: 80 }), "{seen:?}");
     assert!(seen.contains(&Progress::Upload { done: 64, total: 64 }), "{seen:?}");
@@ -244,6 +250,151 @@ fn loading_reports_its_progress_and_frees_its_memory() {
     assert_eq!(gpu.held_bytes(), weights);
     drop(model);
     assert_eq!(gpu.held_bytes(), 0);
+}
+
+/// Bytes of a weight file that is longer than what stages may be apart.
+const LONG: usize = 300 << 20;
+
+/// The bundle with a long file more, whose end the first shard needs before its begin.
+fn long_bundle(path: &Path) -> Bundle {
+    let mut bundle = Bundle::open(path).unwrap();
+    let mut bytes = vec![0; LONG];
+    bytes.iter_mut().step_by(4099).zip(0u32..).for_each(|(byte, i)| *byte = (i % 251) as u8);
+    let file = bundle.plan.files.len() as u32;
+    let (path, blake3) = ("weights-long.safetensors".into(), hash_file(&bytes));
+    fs::write(bundle.dir.join(&path), &bytes).unwrap();
+    bundle.plan.files.push(WeightFile { path, referenced: false, bytes: LONG as u64, blake3 });
+    let segments = &mut bundle.plan.weights[0].shards[0].segments;
+    segments.push(Segment { file, offset: LONG as u64 - 5001, bytes: 5000 });
+    segments.push(Segment { file, offset: 17, bytes: 9 << 20 });
+    bundle
+}
+
+#[test]
+fn weights_arrive_from_files_that_are_read_out_of_order() {
+    let (_dir, path) = bundle();
+    let bundle = long_bundle(&path);
+    let seen = std::cell::RefCell::new(Vec::new());
+    let load =
+        LoadOptions { kinds: &[ProgramKind::Forward], prepare: &[ProgramKind::Forward], precision: Precision::Exact };
+    let model = Model::load_with(&gpu(), &bundle, load, &|p| seen.borrow_mut().push(p)).unwrap();
+    let (loaded, files) = (model.loaded(), 80 + LONG as u64);
+    assert_eq!(loaded.file_bytes, files);
+    assert!(loaded.copied_bytes > 9 << 20 && loaded.copied_bytes < 10 << 20, "{loaded:?}");
+    for seconds in [loaded.read_seconds, loaded.verify_seconds, loaded.copy_seconds] {
+        assert!(seconds > 0.0 && seconds <= loaded.seconds, "{loaded:?}");
+    }
+    let seen = seen.into_inner();
+    assert!(seen.contains(&Progress::Verify { done: files, total: files }), "{seen:?}");
+    assert!(seen.contains(&Progress::Pipelines { done: 4, total: 4 }), "{seen:?}");
+    // What the kernels look up is still in its place.
+    let mut session = Session::new(model, SessionOptions::default()).unwrap();
+    let options = GenerateOptions { max_new_tokens: 8, ..GenerateOptions::default() };
+    let generated = generate(&mut session, &[1, 2, 3], &options, |_| std::ops::ControlFlow::Continue(())).unwrap();
+    assert_eq!(generated.tokens, continuation(&[1, 2, 3], 8, false));
+}
+
+#[test]
+fn weights_that_turn_out_damaged_after_they_were_copied_are_thrown_away() {
+    let (_dir, path) = bundle();
+    let bundle = long_bundle(&path);
+    let file = bundle.dir.join("weights-long.safetensors");
+    let mut bytes = fs::read(&file).unwrap();
+    bytes[LONG - 1] ^= 0x10; // no segment has it
+    fs::write(&file, bytes).unwrap();
+    let gpu = gpu();
+    let copied = std::cell::Cell::new(false);
+    let progress = |progress| {
+        if let Progress::Upload { done, total } = progress {
+            copied.set(done == total);
+        }
+    };
+    let error = Model::load_for(&gpu, &bundle, &[ProgramKind::Forward], &progress).unwrap_err();
+    assert!(matches!(error, Error::Bundle(moewe_plan::Error::Damaged { .. })), "{error}");
+    assert!(error.to_string().contains("weights-long.safetensors"), "{error}");
+    assert_eq!(gpu.held_bytes(), 0, "all copied: {}", copied.get());
+}
+
+#[test]
+fn loading_can_be_stopped() {
+    static STOP: AtomicBool = AtomicBool::new(false);
+    let (_dir, path) = bundle();
+    let bundle = long_bundle(&path);
+    let gpu = gpu();
+    gpu.stop_when(&STOP);
+    let progress = |progress| {
+        if let Progress::Verify { done, total } = progress {
+            assert!(done < total, "it went on to the end");
+            STOP.store(true, Ordering::Relaxed);
+        }
+    };
+    let load =
+        LoadOptions { kinds: &[ProgramKind::Forward], prepare: &[ProgramKind::Forward], precision: Precision::Exact };
+    let error = Model::load_with(&gpu, &bundle, load, &progress).unwrap_err();
+    assert!(matches!(error, Error::Interrupted), "{error}");
+    assert_eq!(gpu.held_bytes(), 0);
+    STOP.store(false, Ordering::Relaxed);
+    assert!(Model::load_for(&gpu, &bundle, &[ProgramKind::Forward], &|_| ()).is_ok());
+}
+
+/// Loads a bundle, its pipelines with a cache in `dir`.
+fn load_cached(path: &Path, dir: &Path) {
+    let gpu = gpu();
+    gpu.cache_pipelines_in(dir);
+    let kinds = [ProgramKind::Forward];
+    let load = LoadOptions { kinds: &kinds, prepare: &kinds, precision: Precision::Exact };
+    let model = Model::load_with(&gpu, &Bundle::open(path).unwrap(), load, &|_| ()).unwrap();
+    let mut session = Session::new(model, SessionOptions::default()).unwrap();
+    let options = GenerateOptions { max_new_tokens: 4, ..GenerateOptions::default() };
+    let generated = generate(&mut session, &[3, 1], &options, |_| std::ops::ControlFlow::Continue(())).unwrap();
+    assert_eq!(generated.tokens, continuation(&[3, 1], 4, false));
+}
+
+#[test]
+fn the_drivers_cache_is_kept_and_made_anew_if_it_is_damaged() {
+    let (dir, path) = bundle();
+    let caches = dir.path().join("not/there/yet");
+    load_cached(&path, &caches);
+    let files = || fs::read_dir(&caches).unwrap().map(|entry| entry.unwrap().path()).collect::<Vec<_>>();
+    let [file] = &files()[..] else { panic!("one file expected: {:?}", files()) };
+    let sound = fs::read(file).unwrap();
+    assert_eq!(&sound[..8], b"moewePC1");
+    // Nothing new: it is left as it is.
+    let written = || file.metadata().unwrap().modified().unwrap();
+    let first = written();
+    load_cached(&path, &caches);
+    assert_eq!(written(), first);
+    let flipped = |at: usize| {
+        let mut bytes = sound.clone();
+        bytes[at] ^= 1;
+        bytes
+    };
+    let middle = sound.len() / 2;
+    for damaged in [vec![], sound[..middle].to_vec(), flipped(3), flipped(20), flipped(sound.len() - 1)] {
+        fs::write(file, &damaged).unwrap();
+        load_cached(&path, &caches);
+        assert_eq!(fs::read(file).unwrap()[..8], sound[..8]);
+        assert_ne!(fs::read(file).unwrap(), damaged, "it is written anew");
+        assert_eq!(files().len(), 1, "nothing else stays behind");
+    }
+}
+
+#[test]
+fn a_cache_that_cannot_be_written_does_no_harm() {
+    let (dir, path) = bundle();
+    // A file where the directory should be, and a directory where the file should be: nobody, whatever their rights, can
+    // write there.
+    let blocked = dir.path().join("blocked");
+    fs::write(&blocked, b"a file").unwrap();
+    load_cached(&path, &blocked);
+    assert_eq!(fs::read(&blocked).unwrap(), b"a file");
+    let caches = dir.path().join("caches");
+    load_cached(&path, &caches);
+    let file = fs::read_dir(&caches).unwrap().next().unwrap().unwrap().path();
+    fs::remove_file(&file).unwrap();
+    fs::create_dir_all(file.join("in the way")).unwrap();
+    load_cached(&path, &caches);
+    assert_eq!(fs::read_dir(&caches).unwrap().count(), 1, "what could not be moved into place is removed");
 }
 
 #[test]
@@ -266,7 +417,7 @@ fn devices_are_chosen_by_index_and_name() {
 
 #[test]
 fn the_device_can_be_measured() {
-    let gpu = gpu();
+    let gpu = gpu().with_cooperative().unwrap();
     let bandwidth = moewe_runtime::copy_bandwidth(&gpu).unwrap();
     let dispatch = moewe_runtime::dispatch_cost(&gpu).unwrap();
     let submit = moewe_runtime::submit_latency(&gpu).unwrap();
@@ -279,4 +430,5 @@ fn the_device_can_be_measured() {
         assert!((1e8..1e16).contains(&rate) && rate <= rates.best(), "{rates:?}");
     }
     assert_eq!(rates.f16.is_some(), gpu.info().shader_f16);
+    assert_eq!(rates.cooperative.is_some(), !gpu.info().cooperative.is_empty());
 }

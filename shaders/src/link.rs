@@ -27,6 +27,8 @@ pub struct Linked {
     pub workgroup_bytes: u32,
     /// Whether subgroup operations are used.
     pub subgroups: bool,
+    /// Rows and columns of the cooperative matrices that are used; 0 if none are.
+    pub cooperative: u32,
 }
 
 /// Why a variant could not be linked. Each is a bug of ours or a misuse of the library, never of a model.
@@ -82,10 +84,17 @@ pub fn link(variant: &Variant) -> Result<Linked, Error> {
         .map_err(|error| fail(error.to_string()))?;
     let mut syntax = compiled.syntax;
     renumber(&mut syntax).map_err(fail)?;
-    let wgsl = format!("{}\n{syntax}\n", header(skeleton.source, variant));
+    let cooperative = match (skeleton.cooperative, variant.flags.contains("sixteen")) {
+        (false, _) => 0,
+        (true, false) => 8,
+        (true, true) => 16,
+    };
+    let enable = if cooperative > 0 { "enable f16;\nenable wgpu_cooperative_matrix;\n" } else { "" };
+    let wgsl = format!("{}\n{enable}{syntax}\n", header(skeleton.source, variant));
     let subgroups = variant.reduce == Some(Reduce::Subgroup)
+        || cooperative > 0
         || ["pooled", "subgroup"].iter().any(|flag| variant.flags.contains(flag));
-    reflect(wgsl, subgroups).map_err(fail)
+    reflect(wgsl, subgroups, cooperative).map_err(fail)
 }
 
 fn module(name: &str) -> ModulePath {
@@ -150,11 +159,12 @@ fn renumber(syntax: &mut TranslationUnit) -> Result<(), String> {
 }
 
 /// Validates the text and reads bindings and sizes off it.
-fn reflect(wgsl: String, subgroups: bool) -> Result<Linked, String> {
+fn reflect(wgsl: String, subgroups: bool, cooperative: u32) -> Result<Linked, String> {
     let module = naga::front::wgsl::parse_str(&wgsl).map_err(|error| error.emit_to_string(&wgsl))?;
     // unpack2x16float and pack2x16float belong to core WebGPU.
-    let core = Capabilities::SHADER_FLOAT16_IN_FLOAT32;
-    let capabilities = if subgroups { core | Capabilities::SUBGROUP } else { core };
+    let mut capabilities = Capabilities::SHADER_FLOAT16_IN_FLOAT32;
+    capabilities.set(Capabilities::SUBGROUP, subgroups);
+    capabilities.set(Capabilities::SHADER_FLOAT16 | Capabilities::COOPERATIVE_MATRIX, cooperative > 0);
     Validator::new(ValidationFlags::all(), capabilities)
         .validate(&module)
         .map_err(|error| error.emit_to_string(&wgsl))?;
@@ -181,5 +191,5 @@ fn reflect(wgsl: String, subgroups: bool) -> Result<Linked, String> {
     bindings.sort_by_key(|(number, _)| *number);
     let workgroup_size = entry.workgroup_size;
     let bindings = bindings.into_iter().map(|(_, layout)| layout).collect();
-    Ok(Linked { wgsl, bindings, workgroup_size, workgroup_bytes, subgroups })
+    Ok(Linked { wgsl, bindings, workgroup_size, workgroup_bytes, subgroups, cooperative })
 }

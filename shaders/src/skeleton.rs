@@ -18,6 +18,8 @@ pub struct Skeleton {
     pub latent: bool,
     /// Whether several invocations may share a row.
     pub reduce: bool,
+    /// Whether it multiplies by cooperative matrices of f16: 8 × 8, or 16 × 16 with the flag `sixteen`.
+    pub cooperative: bool,
 }
 
 macro_rules! skeleton {
@@ -32,14 +34,22 @@ macro_rules! skeleton {
     };
 }
 
-const EMPTY: Skeleton =
-    Skeleton { name: "", source: "", flags: &[], weight: false, matrix: false, latent: false, reduce: false };
+const EMPTY: Skeleton = Skeleton {
+    name: "",
+    source: "",
+    flags: &[],
+    weight: false,
+    matrix: false,
+    latent: false,
+    reduce: false,
+    cooperative: false,
+};
 
 /// Every kernel.
 pub const SKELETONS: &[Skeleton] = &[
-    skeleton!("absorb_output", ["aligned", "edit", "half_scales", "scaled", "split"], [matrix, reduce]),
-    skeleton!("absorb_query", ["half_scales", "interleave", "scaled"], [weight]),
-    skeleton!("absorb_write", ["edit", "half_scales", "interleave", "scaled", "tapped"], [weight, latent]),
+    skeleton!("absorb_output", ["aligned", "edit", "half_scales", "pooled", "scaled", "split"], [matrix, reduce]),
+    skeleton!("absorb_query", ["half_scales", "interleave", "pooled", "scaled"], [weight]),
+    skeleton!("absorb_write", ["edit", "half_scales", "interleave", "pooled", "scaled", "tapped"], [weight, latent]),
     skeleton!("accept", [], []),
     skeleton!("embed", ["half_scales", "scaled"], [weight]),
     skeleton!("experts_down", ["aligned", "half_scales", "residual", "scaled", "pooled"], [matrix, reduce]),
@@ -48,6 +58,11 @@ pub const SKELETONS: &[Skeleton] = &[
     skeleton!("experts_sum", [], []),
     skeleton!("gather_rows", [], []),
     skeleton!("gemm", ["bias", "experts", "gated", "half_scales", "norm", "pooled", "residual", "scaled"], [matrix]),
+    skeleton!(
+        "gemm_coop",
+        ["bias", "experts", "gated", "half_scales", "norm", "residual", "scaled", "sixteen"],
+        [matrix, cooperative]
+    ),
     skeleton!("gemm_tiled", ["bias", "experts", "gated", "half_scales", "norm", "residual", "scaled"], [matrix]),
     skeleton!("latent_attention", ["holes", "split", "subgroup"], [latent]),
     skeleton!("latent_write", ["edit", "interleave", "tapped"], [latent]),

@@ -149,6 +149,21 @@ fn misuse_is_an_error_with_the_variants_name() {
 }
 
 #[test]
+fn cooperative_matrices_are_declared() {
+    let plain = with_shapes("gemm_coop").weight(WeightFormat::Bf16).wide(true).int("K", 64);
+    for (sixteen, size, subgroups) in [(false, 8, 16), (true, 16, 4)] {
+        let linked = link(&plain.clone().flag("sixteen", sixteen)).unwrap();
+        assert_eq!((linked.cooperative, linked.subgroups), (size, true));
+        assert_eq!(linked.workgroup_size, [4 * subgroups, 1, 1]);
+        assert!(linked.wgsl.contains("\nenable wgpu_cooperative_matrix;\n"));
+    }
+    let tiled = with_shapes("gemm_tiled").weight(WeightFormat::Bf16).wide(true).int("K", 64);
+    let linked = link(&tiled).unwrap();
+    assert_eq!(linked.cooperative, 0);
+    assert!(!linked.wgsl.contains("\nenable "));
+}
+
+#[test]
 fn bindings_are_numbered_without_gaps() {
     let plain = with_shapes("linear").weight(WeightFormat::Bf16).reduce(Reduce::None);
     let names = |variant: &Variant| -> Vec<String> {
@@ -179,6 +194,9 @@ fn snapshots() {
     insta::assert_snapshot!("latent_attention_f16", link(&attention).unwrap().wgsl);
     let holes = attention.flag("holes", true);
     insta::assert_snapshot!("latent_attention_f16_holes", link(&holes).unwrap().wgsl);
+    let tile = with_shapes("gemm_coop").weight(WeightFormat::Fp8).wide(true).int("K", 64).int("LANES", 32);
+    let tile = tile.flag("norm", true).flag("sixteen", true);
+    insta::assert_snapshot!("gemm_coop_fp8_norm", link(&tile).unwrap().wgsl);
     insta::assert_snapshot!("accept", link(&with_shapes("accept")).unwrap().wgsl);
     insta::assert_snapshot!("propose", link(&with_shapes("propose")).unwrap().wgsl);
 }

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use moewe_plan::{Plan, Precision, Program, ProgramKind};
 use moewe_runtime::engine::{Event, Finished, Mtp, Stream};
-use moewe_runtime::{AdapterInfo, DeviceType, Error, Model};
+use moewe_runtime::{AdapterInfo, DeviceType, Error, Loaded, Model};
 use serde_json::{Value, json};
 
 use super::args::{BenchArgs, BenchCommand, BenchPart};
@@ -65,9 +65,9 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
     let Some(opened) = model::open(&args.model)? else { return Ok(()) };
     let sizes = Sizes { args, is_slow: opened.gpu().info().device_type == DeviceType::Cpu };
     let speed = Speed::measure(opened.gpu())?;
-    let head = Head { args, opened: &opened, speed: &speed };
+    let head = |loaded| Head { args, opened: &opened, speed: &speed, loaded };
     if args.floor {
-        return head.write(&[plain::floors(&sizes, &machine(args, opened.plan(), &speed))]);
+        return head(None).write(&[plain::floors(&sizes, &machine(args, opened.plan(), &speed))]);
     }
     let mut modes = modes(args, draft_modules(opened.plan()))?;
     if !sizes.has(BenchPart::Drafts) {
@@ -80,7 +80,11 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
     let model = opened.load(&kinds)?;
     let setup = Setup { sizes, model: &model, machine: machine(args, model.plan(), &speed) };
     // Each part frees the sessions of the one before.
-    head.write(&[plain::measure(&setup)?, drafts::measure(&setup, &modes)?, prefix::measure(&setup)?])
+    head(Some(model.loaded())).write(&[
+        plain::measure(&setup)?,
+        drafts::measure(&setup, &modes)?,
+        prefix::measure(&setup)?,
+    ])
 }
 
 /// `--floor` without a model: what the device can do at most.
@@ -196,6 +200,8 @@ struct Head<'a> {
     args: &'a BenchArgs,
     opened: &'a model::Opened,
     speed: &'a Speed,
+    /// Unless only floors are asked for.
+    loaded: Option<Loaded>,
 }
 
 /// What floors assume.
@@ -241,6 +247,9 @@ impl Head<'_> {
                 self.args.repeat
             );
         }
+        if let Some(loaded) = self.loaded {
+            out += &format!("{loaded}\n");
+        }
         out += &format!("\nThe device at most\n{}", self.speed.text());
         out += "\nFloor of each run: the longer of bytes that must move / copy speed and operations / matrix rate. It assumes:\n";
         for assumption in ASSUMPTIONS {
@@ -265,6 +274,7 @@ impl Head<'_> {
             "versions": { "moewe": env!("CARGO_PKG_VERSION"), "bundle": plan.generator },
             "target": plan.requirements.profile,
             "precision": Precision::from(self.args.model.precision).name(),
+            "loaded": self.loaded.map(loaded_json),
             "assumptions": assumptions,
             "repeat": self.args.repeat,
             "seed": self.args.seed,
@@ -274,6 +284,17 @@ impl Head<'_> {
         self.speed.add_to(&mut value);
         value
     }
+}
+
+fn loaded_json(loaded: Loaded) -> Value {
+    json!({
+        "file_bytes": loaded.file_bytes,
+        "copied_bytes": loaded.copied_bytes,
+        "seconds": loaded.seconds,
+        "read_seconds": loaded.read_seconds,
+        "verify_seconds": loaded.verify_seconds,
+        "copy_seconds": loaded.copy_seconds,
+    })
 }
 
 fn date_json() -> String {

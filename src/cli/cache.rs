@@ -1,4 +1,4 @@
-//! Bundles of checkpoints that were run directly, kept in the user's cache directory by content.
+//! The user's cache directory: bundles of checkpoints that were run directly, by content, and the driver's pipelines.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
@@ -33,6 +33,11 @@ pub fn root() -> anyhow::Result<PathBuf> {
     let dir =
         dirs::cache_dir().context("no cache directory: set HOME or MOEWE_CACHE, or compile with `moewe compile`")?;
     Ok(dir.join("moewe"))
+}
+
+/// Where the driver's compiled pipelines are kept.
+pub fn pipelines_dir() -> anyhow::Result<PathBuf> {
+    Ok(root()?.join("pipelines"))
 }
 
 /// Where the bundle of a checkpoint for a profile stands or will stand: a hash of the checkpoint's place and contents, the

@@ -59,6 +59,9 @@ pub fn run(args: &DoctorArgs) -> anyhow::Result<()> {
     };
     out += &format!("  subgroups              {}, size {sizes}\n", yes_no(info.subgroups));
     out += &format!("  f16 arithmetic         {} (not needed)\n", yes_no(info.shader_f16));
+    let matrices: Vec<String> = info.cooperative.iter().map(|size| format!("{size}×{size}")).collect();
+    let matrices = if matrices.is_empty() { "none".into() } else { matrices.join(", ") };
+    out += &format!("  cooperative matrices   {matrices} (not needed)\n");
     out += &format!("  timestamps             {}\n", yes_no(info.timestamps));
     out += "\nMeasured\n";
     out += &speed.text();
@@ -82,6 +85,7 @@ fn as_json(adapter: &AdapterInfo) -> Value {
         "subgroups": adapter.subgroups,
         "subgroup_size": adapter.subgroup_size,
         "shader_f16": adapter.shader_f16,
+        "cooperative_matrices": adapter.cooperative,
         "timestamps": adapter.timestamps,
     })
 }

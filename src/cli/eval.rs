@@ -140,8 +140,11 @@ impl Compared {
 
 /// Runs both models over a text, which is read already. `None` if only the devices were to be listed.
 pub fn compare(args: &KlArgs, contents: &Contents) -> anyhow::Result<Option<Compared>> {
-    let Some(opened) = model::open(&args.model)? else { return Ok(None) };
+    let Some(mut opened) = model::open(&args.model)? else { return Ok(None) };
     let reference_args = args.reference();
+    if args.against.is_none() {
+        opened.open_for(reference_args.precision.into())?;
+    }
     let other = args.against.as_ref().map(|_| model::open_on(opened.gpu().clone(), &reference_args)).transpose()?;
     let reference = other.as_ref().unwrap_or(&opened);
     let (path, reference_path) = (args.model.path(), reference_args.path());

@@ -8,8 +8,10 @@ use moewe::text::{GenerationDefaults, Text};
 use moewe_compiler::checkpoint::Checkpoint;
 use moewe_compiler::compile::{self, Options};
 use moewe_compiler::profile::Profile;
-use moewe_plan::{Bundle, Plan, ProgramKind, TapChoice};
-use moewe_runtime::{AdapterInfo, DeviceType, Gpu, Model, Progress, Selector, Session, SessionOptions, Watch};
+use moewe_plan::{Bundle, Plan, Precision, ProgramKind, TapChoice, TunedOn};
+use moewe_runtime::{
+    AdapterInfo, DeviceType, Gpu, LoadOptions, Model, Progress, Selector, Session, SessionOptions, Watch,
+};
 
 use super::args::{DeviceArgs, ModelArgs};
 use super::progress::Bars;
@@ -32,7 +34,12 @@ pub fn open_device(args: &DeviceArgs) -> anyhow::Result<Option<Arc<Gpu>>> {
         return Ok(None);
     }
     let selector = args.device.as_deref().map_or(Selector::Default, |device| device.parse().unwrap_or_default());
-    Ok(Some(Gpu::open(&selector)?))
+    let gpu = Gpu::open(&selector)?;
+    // Without a cache directory kernels are compiled at each start.
+    if let Ok(dir) = cache::pipelines_dir() {
+        gpu.cache_pipelines_in(&dir);
+    }
+    Ok(Some(gpu))
 }
 
 /// The profile that suits a device.
@@ -40,7 +47,7 @@ pub fn profile_for(info: &AdapterInfo) -> &'static str {
     let is_hopper = ["H100", "H200", "H800", "H20", "GH200"].iter().any(|name| info.name.contains(name));
     match info.device_type {
         DeviceType::Cpu => "lavapipe",
-        _ if is_hopper && info.subgroups && info.subgroup_size == [32, 32] => "hopper",
+        _ if is_hopper && info.subgroup_size == [32, 32] && info.cooperative.contains(&16) => "hopper",
         _ => "generic-vulkan",
     }
 }
@@ -49,6 +56,7 @@ pub fn profile_for(info: &AdapterInfo) -> &'static str {
 pub struct Opened {
     gpu: Arc<Gpu>,
     bundle: Bundle,
+    precision: Precision,
     /// Tokenizer and template, if the checkpoint has them.
     pub text: Option<Text>,
     /// What the checkpoint recommends.
@@ -85,6 +93,9 @@ pub fn open_on(gpu: Arc<Gpu>, args: &ModelArgs) -> anyhow::Result<Opened> {
         compiled(path, args, &gpu)?
     };
     warn(&bundle.plan.warnings);
+    if let Some(on) = &bundle.plan.requirements.tuned_on {
+        warn_of_other_device(&bundle.plan.requirements.profile, on, gpu.info());
+    }
     // From where the user knows them, also if the bundle is a cached one.
     let text = Text::load(path)?;
     if let Some(text) = &text
@@ -101,7 +112,9 @@ pub fn open_on(gpu: Arc<Gpu>, args: &ModelArgs) -> anyhow::Result<Opened> {
         Some(text) => text.generation().clone(),
         None => GenerationDefaults::load(path)?,
     };
-    Ok(Opened { gpu, bundle, text, defaults })
+    let mut opened = Opened { gpu, bundle, precision: args.precision.into(), text, defaults };
+    opened.open_for(args.precision.into())?;
+    Ok(opened)
 }
 
 /// A usage error if there is nothing at `path`.
@@ -131,10 +144,23 @@ impl Opened {
         &self.bundle
     }
 
-    /// Loads the weights that programs of these kinds need.
+    /// Opens the device once more if programs of this precision need what it was opened without.
+    pub fn open_for(&mut self, precision: Precision) -> anyhow::Result<()> {
+        self.gpu = self.gpu.for_plan(&self.bundle.plan, precision)?;
+        Ok(())
+    }
+
+    /// Loads the weights that programs of these kinds need, and makes their pipelines.
     pub fn load(&self, kinds: &[ProgramKind]) -> anyhow::Result<Arc<Model>> {
+        self.load_first(kinds, &[])
+    }
+
+    /// Like [`Opened::load`], also with the weights of others, whose pipelines are made when they are needed.
+    pub fn load_first(&self, first: &[ProgramKind], others: &[ProgramKind]) -> anyhow::Result<Arc<Model>> {
+        let kinds: Vec<ProgramKind> = first.iter().chain(others).copied().collect();
+        let options = LoadOptions { kinds: &kinds, prepare: first, precision: self.precision };
         let bars = Bars::default();
-        Ok(Model::load_for(&self.gpu, &self.bundle, kinds, &|progress| match progress {
+        Ok(Model::load_with(&self.gpu, &self.bundle, options, &|progress| match progress {
             Progress::Verify { done, total } => bars.set("verifying weights", done, total, true),
             Progress::Upload { done, total } => bars.set("loading weights", done, total, true),
             Progress::Pipelines { done, total } => bars.set("making pipelines", done, total, false),
@@ -204,6 +230,19 @@ fn compiled(path: &Path, args: &ModelArgs, gpu: &Gpu) -> anyhow::Result<Bundle> 
     compile::compile_until(&checkpoint, &options, &dir, &progress, interrupt::flag())?;
     drop(bars);
     Bundle::open(&dir).with_context(|| format!("the bundle of {} that was just compiled", path.display()))
+}
+
+/// Says so if a profile was tuned on another device or with another driver than this one.
+fn warn_of_other_device(profile: &str, on: &TunedOn, here: &AdapterInfo) {
+    let there = [&on.device, &on.driver, &on.driver_info];
+    let here = [&here.name, &here.driver, &here.driver_info];
+    if there != here {
+        let [there, here] = [there, here].map(|[device, driver, version]| format!("{device} ({driver} {version})"));
+        output::note(&format!(
+            "moewe: warning: profile {profile} was tuned on {there}, and this is {here}; it may be slower than it could be, \
+             `moewe tune` measures here"
+        ));
+    }
 }
 
 /// Prints warnings of the compiler.

@@ -93,8 +93,7 @@ impl Served {
         let modules = if mtp == Mtp::Off { 0 } else { draft_modules(opened.plan()) };
         let mut kinds = vec![ProgramKind::Forward];
         kinds.extend((1..=modules).map(|module| ProgramKind::Draft { module }));
-        let all: Vec<ProgramKind> = kinds.iter().chain(others).copied().collect();
-        let model = opened.load(&all)?;
+        let model = opened.load_first(&kinds, others)?;
         let max_sequences = max_sequences.clamp(1, MAX_SEQUENCES as usize) as u32;
         let session = model::shared_session(&model, args, &kinds, max_sequences)?;
         let options = EngineOptions {

@@ -1,5 +1,7 @@
 //! What a device can do at most, for `doctor` and `bench`.
 
+use std::sync::Arc;
+
 use moewe_plan::Precision;
 use moewe_runtime::{Bandwidth, Gpu, MatrixRates, copy_bandwidth, dispatch_cost, matrix_rates, submit_latency};
 use serde_json::{Value, json};
@@ -18,7 +20,8 @@ pub struct Speed {
 
 impl Speed {
     /// Measures it all, in a second or two.
-    pub fn measure(gpu: &Gpu) -> anyhow::Result<Self> {
+    pub fn measure(gpu: &Arc<Gpu>) -> anyhow::Result<Self> {
+        let gpu = &gpu.with_cooperative()?;
         Ok(Self {
             bandwidth: copy_bandwidth(gpu)?,
             dispatch: dispatch_cost(gpu)?,

@@ -41,8 +41,7 @@ impl Runner {
         let taps = if watching.record.is_some() { watching.taps.clone() } else { TapChoice::none() };
         let kinds = watched_kinds(opened, &taps)?;
         let values = parameter_values(opened.plan(), &edits)?;
-        let all: Vec<ProgramKind> = kinds.iter().chain(others).copied().collect();
-        let model = opened.load(&all)?;
+        let model = opened.load_first(&kinds, others)?;
         let timed = taps.timing;
         let mut session = model::session(&model, args, &kinds, Some(taps))?;
         session.set_parameters(&values)?;

@@ -7,7 +7,8 @@ use moewe_shaders::Variant;
 
 use super::cache::{Cache, group};
 use super::data::{FORMATS, Matrix, Rng, assert_agrees, compare, f64s, magnitudes};
-use super::harness::{Call, Outputs, UNTOUCHED, bits, ways};
+use super::harness::{Call, Outputs, UNTOUCHED, bits, subgroup, ways};
+use super::skipped::skipped;
 
 const PAGE: usize = 64;
 const EPS: f64 = 1e-6;
@@ -58,13 +59,17 @@ struct Absorb {
     kv_b: Matrix,
     /// Heads of each dispatch.
     parts: Vec<(usize, usize)>,
+    /// Tokens that share a row of keys.
+    tile: usize,
+    /// Whether subgroups load queries together.
+    pooled: bool,
 }
 
 impl Absorb {
     fn random(rng: &mut Rng, format: WeightFormat, dims: MlaDims) -> Self {
         let kv_b = Matrix::random(rng, format, dims.heads * (dims.nope + dims.value), dims.latent);
         let parts = vec![(0, dims.heads)];
-        Self { dims, kv_b, parts }
+        Self { dims, kv_b, parts, tile: 1, pooled: false }
     }
 
     fn shapes(&self, variant: Variant) -> Variant {
@@ -85,16 +90,19 @@ impl Absorb {
         let variant = self
             .shapes(self.kv_b.plug(Variant::new("absorb_query")))
             .flag("interleave", rope.interleave)
+            .flag("pooled", self.pooled)
             .int("ROPE", rope.dim)
             .int("ROPE_PAIRS", pairs)
+            .int("TILE", self.tile)
             .int("WG", 64);
         let places: Vec<(usize, usize)> = positions.iter().map(|&position| (0, position)).collect();
         let mut y = vec![UNTOUCHED; positions.len() * self.dims.heads * (self.dims.latent + rope.dim)];
         for &part in &self.parts {
             let call = self.call(&variant, part).floats("q", q).floats("angles", &angles(rope, CONTEXT));
             let columns = self.dims.latent.div_ceil(4) + pairs;
-            let call = call.words("tokens", &tokens(&places)).words("y", &y);
-            y = call.run([columns.div_ceil(64), part.1, positions.len()]).words("y").to_vec();
+            let call = call.batch(positions.len(), 1).words("tokens", &tokens(&places)).words("y", &y);
+            let tiles = positions.len().div_ceil(self.tile);
+            y = call.run([columns.div_ceil(64), part.1, tiles]).words("y").to_vec();
         }
         y.into_iter().map(f32::from_bits).collect()
     }
@@ -120,7 +128,7 @@ impl Absorb {
 fn queries_are_absorbed_and_rotated() {
     let mut rng = Rng::new(50);
     let shapes = [(3, 5, 6, 4, 9), (2, 16, 16, 20, 24), (1, 1, 2, 1, 1), (5, 14, 10, 10, 36), (2, 128, 64, 128, 512)];
-    let mut cases = 0;
+    let (mut cases, mut pooled) = (0, 0);
     for format in FORMATS {
         for (heads, nope, rope_dim, value, latent) in shapes {
             let rope = rope(rope_dim, cases % 2 == 0);
@@ -133,10 +141,27 @@ fn queries_are_absorbed_and_rotated() {
             let (got, (want, size)) = (case.query(&rope, &q, &POSITIONS), case.expected_query(&rope, &q, &POSITIONS));
             let what = format!("{format:?} {heads} heads, {nope} + {rope_dim} → {latent}");
             assert_agrees("absorb_query", &what, &got, &want, &size);
+            // Tokens that share rows of keys get the same bits, also where the last tile is not full.
+            for tile in [2, POSITIONS.len(), POSITIONS.len() + 3] {
+                case.tile = tile;
+                assert_eq!(bits(&case.query(&rope, &q, &POSITIONS)), bits(&got), "{what}, tile {tile}");
+            }
+            // So do those whose lanes load together, up to the order of products.
+            if subgroup() >= 8 && (latent / 4).is_multiple_of(subgroup()) && nope.is_multiple_of(8) {
+                case.pooled = true;
+                let tiled = case.query(&rope, &q, &POSITIONS);
+                assert_agrees("absorb_query", &format!("{what}, pooled"), &tiled, &want, &size);
+                case.tile = 1;
+                assert_eq!(bits(&case.query(&rope, &q, &POSITIONS)), bits(&tiled), "{what}, pooled");
+                pooled += 1;
+            }
             cases += 1;
         }
     }
     assert_eq!(cases, 20);
+    if pooled == 0 {
+        skipped(&format!("pooled queries need subgroups of 8 … 128, the device has {}", subgroup()));
+    }
 }
 
 #[test]
@@ -175,8 +200,10 @@ fn values_are_expanded() {
         [(3, 5, 4, 9), (2, 16, 20, 24), (1, 1, 1, 1), (5, 14, 10, 36), (2, 3, 33, 65), (1, 2, 4, 520), (3, 4, 9, 64)];
     let mut cases = 0;
     for format in FORMATS {
-        for way in ways().into_iter().filter(|way| way.rows == 1 && !way.pooled) {
-            let (heads, nope, value, latent) = shapes[cases % shapes.len()];
+        for way in ways().into_iter().filter(|way| way.rows == 1) {
+            // A subgroup that loads together has rows of one head.
+            let pooled_shape = (3, 5, 2 * subgroup(), 64);
+            let (heads, nope, value, latent) = if way.pooled { pooled_shape } else { shapes[cases % shapes.len()] };
             let (tile, t) = ([1, 3, 8][cases % 3], [1, 4, 7, 9][cases % 4]);
             let dims = MlaDims { heads, nope, rope: 2, value, latent, scale: 1.0 };
             let mut case = Absorb::random(&mut rng, format, dims);
@@ -307,12 +334,13 @@ fn latents_are_normalised_rotated_and_written_to_their_places() {
 #[test]
 fn shares_of_a_context_are_added_up() {
     let mut rng = Rng::new(62);
-    let (splits, heads, value) = (5, 3, 6);
+    let (splits, heads) = (5, 3);
     for latent in [9, 24, 64] {
-        let dims = MlaDims { heads, nope: 4, rope: 2, value, latent, scale: 1.0 };
-        let case = Absorb::random(&mut rng, WeightFormat::Bf16, dims);
         let places = [(0, 0), (0, 255), (1, 256), (1, 700), (2, 1279), (3, 5000)];
-        for way in ways().into_iter().filter(|way| way.rows == 1 && !way.pooled) {
+        for way in ways().into_iter().filter(|way| way.rows == 1) {
+            let value = if way.pooled { subgroup() } else { 6 };
+            let dims = MlaDims { heads, nope: 4, rope: 2, value, latent, scale: 1.0 };
+            let case = Absorb::random(&mut rng, WeightFormat::Bf16, dims);
             let (mut x, mut stats) = (Vec::new(), Vec::new());
             let mut whole = vec![0.0; places.len() * heads * latent];
             for (t, (_, position)) in places.iter().enumerate() {
@@ -443,6 +471,7 @@ fn queries_and_latents_in_one_dispatch() {
                 .int("ROPE", rope_dim)
                 .int("ROPE_PAIRS", rope_dim / 2)
                 .int("MAX_PAGES", max_pages)
+                .int("TILE", 1)
                 .int("WG", 64)
                 .float("EPS", EPS);
             let mut call = absorb

@@ -4,8 +4,14 @@ use moewe_oracle::ops;
 use moewe_plan::WeightFormat;
 use moewe_shaders::Variant;
 
-use super::data::{FORMATS, Matrix, Rng, assert_agrees, compare, f64s, magnitudes, product_size, swiglu_size};
-use super::harness::{Call, UNTOUCHED, bits};
+use super::data::{
+    FORMATS, Matrix, Rng, assert_agrees, compare, f64s, magnitudes, product_size, round_f16, swiglu_size,
+};
+use super::harness::{Call, UNTOUCHED, bits, cooperative, subgroup};
+use super::skipped::skipped;
+
+#[path = "gemm_coop.rs"]
+mod gemm_coop;
 
 const EPS: f64 = 1e-5;
 
@@ -16,15 +22,31 @@ enum Way {
     Registers(usize, usize),
     /// In workgroup memory.
     Workgroup,
+    /// By cooperative matrices of so many rows and columns.
+    Cooperative(usize),
 }
 
-const WAYS: [Way; 3] = [Way::Registers(1, 8), Way::Registers(2, 3), Way::Workgroup];
+/// Those that this device can run.
+fn ways() -> Vec<Way> {
+    let mut ways = vec![Way::Registers(1, 8), Way::Registers(2, 3), Way::Workgroup];
+    ways.extend(cooperative_ways());
+    ways
+}
+
+/// Those by cooperative matrices that this device can run; says so if there are none.
+fn cooperative_ways() -> Vec<Way> {
+    if cooperative().is_empty() {
+        skipped("gemm_coop needs a device with cooperative matrices of f16 (scripts/mesa-new has one)");
+    }
+    cooperative().iter().map(|&size| Way::Cooperative(size)).collect()
+}
 
 impl Way {
     fn kernel(self) -> &'static str {
         match self {
             Way::Registers(..) => "gemm",
             Way::Workgroup => "gemm_tiled",
+            Way::Cooperative(_) => "gemm_coop",
         }
     }
 
@@ -32,7 +54,7 @@ impl Way {
     fn tile(self, gated: bool) -> [usize; 2] {
         match self {
             Way::Registers(rows, tokens) => [32 * rows, tokens],
-            Way::Workgroup => [if gated { 32 } else { 64 }, 64],
+            Way::Workgroup | Way::Cooperative(_) => [if gated { 32 } else { 64 }, 64],
         }
     }
 
@@ -43,8 +65,29 @@ impl Way {
                 variant.flag("pooled", true).int("WG", 32).int("ROWS", rows).int("TILE", tokens)
             }
             Way::Workgroup => variant,
+            Way::Cooperative(size) => variant.flag("sixteen", size == 16).int("LANES", subgroup()),
         }
     }
+
+    /// Activations, normed if they are, and a matrix as they are multiplied.
+    fn factors(self, x: &[f32], norm: Option<&[f32]>, w: Vec<f64>) -> (Vec<f64>, Vec<f64>) {
+        let x = f64s(x);
+        let rounded = matches!(self, Way::Cooperative(_));
+        let x = match norm {
+            None if rounded => x.into_iter().map(round_f16).collect(),
+            None => x,
+            // Rounded before the division by the root of the mean square, which the sums get.
+            Some(norm) if rounded => x.chunks(norm.len()).flat_map(|row| rounded_norm(row, norm)).collect(),
+            Some(norm) => ops::rms_norm(&x, &f64s(norm), EPS),
+        };
+        (x, if rounded { w.into_iter().map(round_f16).collect() } else { w })
+    }
+}
+
+fn rounded_norm(row: &[f64], norm: &[f32]) -> Vec<f64> {
+    let mean = row.iter().map(|x| x * x).sum::<f64>() / row.len() as f64;
+    let scale = 1.0 / (mean + EPS).sqrt();
+    row.iter().zip(norm).map(|(x, &norm)| round_f16(x * f64::from(norm)) * scale).collect()
 }
 
 /// A call of such a kernel. Dispatches of `parts` follow one another.
@@ -107,14 +150,11 @@ impl Gemm {
 
     /// Expected numbers and their condition.
     fn expected(&self) -> (Vec<f64>, Vec<f64>) {
-        let (k, w) = (self.w.columns, self.w.numbers());
-        let mut x = f64s(&self.x);
-        if let Some(norm) = &self.norm {
-            x = ops::rms_norm(&x, &f64s(norm), EPS);
-        }
+        let k = self.w.columns;
+        let (x, w) = self.way.factors(&self.x, self.norm.as_deref(), self.w.numbers());
         let (mut y, mut size) = (ops::linear(&x, &w, None, k), product_size(&x, &w, k));
         if let Some(u) = &self.u {
-            let u = u.numbers();
+            let (_, u) = self.way.factors(&[], None, u.numbers());
             let up = ops::linear(&x, &u, None, k);
             size = swiglu_size(&y, &size, &up, &product_size(&x, &u, k));
             y = ops::swiglu(&y, &up);
@@ -151,7 +191,7 @@ fn all_formats_ways_and_flags() {
     let (ks, ns, ts) = ([32, 64, 96, 160, 288], [1, 3, 130, 64, 257, 7], [1, 2, 15, 16, 17, 40, 70]);
     let mut cases = 0;
     for format in FORMATS {
-        for way in WAYS {
+        for way in ways() {
             for kind in [cases % 4, (cases + 3) % 4] {
                 let (k, n, t) = (ks[cases % ks.len()], ns[cases % ns.len()], ts[cases % ts.len()]);
                 let w = random(&mut rng, format, n, k);
@@ -175,7 +215,7 @@ fn all_formats_ways_and_flags() {
 #[test]
 fn parts_write_their_rows_only() {
     let mut rng = Rng::new(62);
-    for way in WAYS {
+    for way in ways() {
         let (n, k, t) = (37, 64, 19);
         let x = rng.numbers(t * k);
         let mut case = Gemm::plain(way, random(&mut rng, WeightFormat::Fp8, n, k), x);
@@ -195,7 +235,7 @@ fn parts_write_their_rows_only() {
 #[test]
 fn tokens_do_not_see_one_another() {
     let mut rng = Rng::new(63);
-    for way in WAYS {
+    for way in ways() {
         let (n, k, t) = (40, 96, 23);
         let mut x = rng.numbers(t * k);
         let w = random(&mut rng, WeightFormat::Bf16, n, k);
@@ -346,17 +386,15 @@ impl Grouped {
     fn expected(&self) -> (Vec<f64>, Vec<f64>) {
         let k = self.w.columns;
         let share = self.ids.len() * k / self.x.len();
-        let mut x = f64s(&self.x);
-        if let Some(norm) = &self.norm {
-            x = ops::rms_norm(&x, &f64s(norm), EPS);
-        }
+        let (x, _) = self.way.factors(&self.x, self.norm.as_deref(), Vec::new());
+        let matrix = |w: &Matrix, expert| self.way.factors(&[], None, w.expert(expert)).1;
         let (mut want, mut size) = (Vec::new(), Vec::new());
         for (slot, &expert) in self.ids.iter().enumerate() {
             let x = &x[slot / share * k..][..k];
-            let w = self.w.expert(expert);
+            let w = matrix(&self.w, expert);
             let (g, g_size) = (ops::linear(x, &w, None, k), product_size(x, &w, k));
             if let Some(u) = &self.u {
-                let u = u.expert(expert);
+                let u = matrix(u, expert);
                 let up = ops::linear(x, &u, None, k);
                 size.extend(swiglu_size(&g, &g_size, &up, &product_size(x, &u, k)));
                 want.extend(ops::swiglu(&g, &up));
@@ -378,7 +416,7 @@ fn both_halves_of_experts_of_all_formats_and_ways() {
     let (ks, ns, ts) = ([32, 64, 160], [1, 35, 130], [1, 5, 40]);
     let mut cases = 0;
     for format in FORMATS {
-        for way in WAYS {
+        for way in ways() {
             for first in [true, false] {
                 let shape = [ns[cases % 3], ks[cases / 2 % 3], ts[cases / 3 % 3]];
                 let mut case = Grouped::random(&mut rng, way, format, shape, first);
@@ -397,7 +435,7 @@ fn both_halves_of_experts_of_all_formats_and_ways() {
 #[test]
 fn experts_of_other_parts_are_left_alone() {
     let mut rng = Rng::new(66);
-    for way in WAYS {
+    for way in ways() {
         let case = Grouped::random(&mut rng, way, WeightFormat::Fp8, [7, 32, 18], true);
         for (first, count) in PARTS {
             for (slot, row) in case.run(&[(first, count)]).chunks(7).enumerate() {
@@ -436,7 +474,7 @@ fn sum_of_experts() {
 #[test]
 fn wrong_results_are_noticed() {
     let mut rng = Rng::new(68);
-    for way in WAYS {
+    for way in ways() {
         let k = 32;
         let mut case = Gemm::plain(way, random(&mut rng, WeightFormat::Bf16, k, k), rng.numbers(9 * k));
         let got = case.run();

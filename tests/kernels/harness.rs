@@ -20,6 +20,8 @@ struct Gpu {
     queue: wgpu::Queue,
     /// Lanes that subgroup shuffles surely reach; 0 without such operations.
     subgroup: u32,
+    /// Sizes of cooperative matrices of f16 with sums in f32, for subgroups that all have `subgroup` lanes.
+    cooperative: Vec<usize>,
     kernels: Mutex<HashMap<String, Arc<Kernel>>>,
 }
 
@@ -41,18 +43,50 @@ fn gpu() -> &'static Gpu {
         assert!(!adapters.is_empty(), "these tests need a Vulkan device; `make setup` installs a software one");
         adapters.sort_by_key(|adapter| adapter.get_info().device_type != wgpu::DeviceType::DiscreteGpu);
         let (adapter, info) = (&adapters[0], adapters[0].get_info());
-        let features = adapter.features() & wgpu::Features::SUBGROUP;
-        let subgroup = if features.is_empty() { 0 } else { info.subgroup_min_size };
-        println!("device: {} ({}), subgroups of {subgroup}", info.name, info.driver_info);
+        let matrices = wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX | wgpu::Features::SHADER_F16;
+        let mut features = adapter.features() & (wgpu::Features::SUBGROUP | matrices);
+        let subgroup = if features.contains(wgpu::Features::SUBGROUP) { info.subgroup_min_size } else { 0 };
+        let fixed = subgroup > 0 && subgroup == info.subgroup_max_size && features.contains(matrices);
+        let sizes = if fixed { cooperative_sizes(adapter) } else { Vec::new() };
+        if sizes.is_empty() {
+            features.remove(matrices);
+        }
+        println!(
+            "device: {} ({}), subgroups of {subgroup}, cooperative matrices {sizes:?}",
+            info.name, info.driver_info
+        );
         let (device, queue) = pollster::block_on(adapter.request_device(&wgpu::DeviceDescriptor {
             label: Some("kernel tests"),
             required_features: features,
             required_limits: adapter.limits(),
+            experimental_features: experimental(!sizes.is_empty()),
             ..Default::default()
         }))
         .unwrap_or_else(|error| panic!("{} cannot be opened: {error}", info.name));
-        Gpu { device, queue, subgroup, kernels: Mutex::default() }
+        Gpu { device, queue, subgroup, cooperative: sizes, kernels: Mutex::default() }
     })
+}
+
+/// Rows and columns of an adapter's cooperative matrices of f16 with sums in f32.
+fn cooperative_sizes(adapter: &wgpu::Adapter) -> Vec<usize> {
+    use wgpu::CooperativeScalarType::{F16, F32};
+    let there = adapter.cooperative_matrix_properties();
+    let has = |size: u32| {
+        there.iter().any(|matrix| {
+            [matrix.m_size, matrix.n_size, matrix.k_size] == [size; 3] && (matrix.ab_type, matrix.cr_type) == (F16, F32)
+        })
+    };
+    [8, 16].into_iter().filter(|&size| has(size)).map(|size| size as usize).collect()
+}
+
+#[expect(unsafe_code, reason = "wgpu asks for it where its features are experimental")]
+fn experimental(wanted: bool) -> wgpu::ExperimentalFeatures {
+    if wanted {
+        // SAFETY: the one condition is to know that wgpu's code for such features may be unsound.
+        unsafe { wgpu::ExperimentalFeatures::enabled() }
+    } else {
+        wgpu::ExperimentalFeatures::disabled()
+    }
 }
 
 /// A way to go through the rows of a matrix.
@@ -117,6 +151,11 @@ pub fn subgroup() -> usize {
     gpu().subgroup as usize
 }
 
+/// Rows and columns of this device's cooperative matrices of f16 with sums in f32; empty without them.
+pub fn cooperative() -> &'static [usize] {
+    &gpu().cooperative
+}
+
 impl Kernel {
     /// The kernel of a variant, made once.
     fn get(variant: &Variant) -> Arc<Self> {
@@ -163,7 +202,11 @@ impl Kernel {
             layout: Some(&pipeline_layout),
             module: &module,
             entry_point: Some("main"),
-            compilation_options: wgpu::PipelineCompilationOptions::default(),
+            // Kernels write what they read of it.
+            compilation_options: wgpu::PipelineCompilationOptions {
+                zero_initialize_workgroup_memory: false,
+                ..Default::default()
+            },
             cache: None,
         });
         Self { linked, pipeline, layout }

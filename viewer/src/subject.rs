@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use moewe_plan::{Cost, ModelInfo, Plan};
+use moewe_plan::{Cost, ModelInfo, Plan, ProgramKind};
 use serde::{Deserialize, Serialize};
 
 /// A model on a device, as far as views must know it.
@@ -51,7 +51,9 @@ impl Subject {
                 kernel: skeleton(&plan.kernels[step.kernel as usize].name).to_owned(),
                 cost: step.cost,
             };
-            if program.taps.is_empty() { Vec::new() } else { program.steps.iter().map(info).collect() }
+            // Others are never watched.
+            let is_watched = matches!(program.kind, ProgramKind::Watch | ProgramKind::Draft { .. });
+            if is_watched { program.steps.iter().map(info).collect() } else { Vec::new() }
         };
         Self {
             name: name.to_owned(),

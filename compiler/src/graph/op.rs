@@ -306,7 +306,7 @@ impl Op {
     }
 
     /// The parameters that tell variants of one operation apart, for listings.
-    pub(super) fn traits(&self) -> Vec<&str> {
+    pub(crate) fn traits(&self) -> Vec<&str> {
         let mut traits = Vec::new();
         let normed = match self {
             Op::Linear { norm, .. }

@@ -64,7 +64,8 @@ impl Lowering<'_, '_> {
         select::max_pages(self.config.max_position_embeddings)
     }
 
-    /// Query and latent row in one step where a kernel can bind all that both need, else one for each.
+    /// Query and latent row in one step in batches of a few tokens, where a kernel can bind all that both need; else one step
+    /// for each.
     pub(super) fn absorb_write(
         &mut self,
         node: &Node,
@@ -78,7 +79,7 @@ impl Lowering<'_, '_> {
         let matrix = self.matrix(kv_b, mla.nope + mla.v)?;
         let (mut slots, flags) = self.latent_row(node, kv, layer, norm, mla, row)?;
         let variant = self.selector.absorb_write(matrix.stored, mla, norm.eps, self.max_pages(), &flags);
-        if matrix.shards.len() > 1 || !self.fits(&variant)? {
+        if self.selector.tile > 1 || matrix.shards.len() > 1 || !self.fits(&variant)? {
             self.latent_write(node, kv, layer, norm, mla, row)?;
             return self.absorb_query(node, q, kv_b, mla, y);
         }
@@ -101,6 +102,7 @@ impl Lowering<'_, '_> {
         let variant = self.selector.absorb_query(matrix.stored, mla, self.config.rope.interleave);
         for (shard, heads) in head_shards(&matrix, mla).into_iter().enumerate() {
             let mut slots = vec![
+                ("batch", self.role(Role::Header)),
                 ("part", Slot::Params),
                 ("q", Slot::Value(q)),
                 ("kv_b", Slot::Weight(matrix.weight, shard as u32)),
@@ -109,7 +111,8 @@ impl Lowering<'_, '_> {
                 ("y", Slot::Value(y)),
             ];
             slots.extend(matrix.scales.map(|scales| ("kv_b_scale", Slot::Weight(scales, 0))));
-            let grid = [Dim::Const(query_groups(mla)), Dim::Const(heads.1), Dim::Symbol(Symbol::Tokens)];
+            let tiles = Dim::CeilDiv(Symbol::Tokens, self.selector.tile as u64);
+            let grid = [Dim::Const(query_groups(mla)), Dim::Const(heads.1), tiles];
             let cost = query_cost(mla, heads.1, &matrix);
             self.emit(node, &variant, &slots, grid, [heads.0 as u32, heads.1 as u32, 0, 0], cost)?;
         }
@@ -188,7 +191,7 @@ impl Lowering<'_, '_> {
             slots.extend(matrix.scales.map(|scales| ("kv_b_scale", Slot::Weight(scales, 0))));
             let rows = heads.1 * mla.v as u64;
             let grid = [
-                Dim::Const(rows.div_ceil(self.selector.lines())),
+                Dim::Const(rows.div_ceil(self.selector.rows_per_workgroup("absorb_output"))),
                 Dim::CeilDiv(Symbol::Tokens, self.selector.tile as u64),
                 ONE,
             ];

@@ -37,7 +37,7 @@ impl Lowering<'_, '_> {
             slots.extend(gate.scales.map(|scales| ("gate_scale", Slot::Weight(scales, 0))));
             slots.extend(up.scales.map(|scales| ("up_scale", Slot::Weight(scales, 0))));
             let grid = [
-                Dim::Const((n as u64).div_ceil(self.selector.rows_per_workgroup())),
+                Dim::Const((n as u64).div_ceil(self.selector.rows_per_workgroup("experts_gate_up"))),
                 Dim::Times(Symbol::Tokens, top_k as u64),
                 ONE,
             ];
@@ -72,8 +72,8 @@ impl Lowering<'_, '_> {
                 ("result", Slot::Value(result)),
             ];
             slots.extend(matrix.scales.map(|scales| ("down_scale", Slot::Weight(scales, 0))));
-            let grid =
-                [Dim::Const((n as u64).div_ceil(self.selector.rows_per_workgroup())), Dim::Symbol(Symbol::Tokens), ONE];
+            let groups = (n as u64).div_ceil(self.selector.rows_per_workgroup("experts_down"));
+            let grid = [Dim::Const(groups), Dim::Symbol(Symbol::Tokens), ONE];
             let shards = matrix.shards.len() as u64;
             let cost = Cost {
                 token_bytes: (top_k as u64 * (n as u64 * matrix.row_bytes + 4 * k as u64)) / shards + 8 * n as u64,

@@ -64,7 +64,7 @@ impl Lowering<'_, '_> {
             token_flops: 2 * experts * k as u64,
             ..Cost::default()
         };
-        let groups = experts.div_ceil(self.selector.rows_per_workgroup());
+        let groups = experts.div_ceil(self.selector.rows_per_workgroup("router_product"));
         self.emit(node, &variant, &slots, [Dim::Const(groups), Dim::Symbol(Symbol::Tokens), ONE], [0; 4], cost)
     }
 

@@ -18,6 +18,7 @@ const HEAD: &str = "lm_head.weight";
 
 pub(super) fn build(config: &Config, target: Target, taps: &TapChoice, in_checkpoint: &dyn Fn(&str) -> bool) -> Graph {
     let mut decoder = Decoder { config, builder: Builder::default(), target, taps };
+    decoder.builder.graph.scale_block = config.quantization.as_ref().map(|q| q.weight_block_size);
     match target {
         Target::Forward => decoder.forward(),
         Target::Watch => decoder.watch(),

@@ -1,9 +1,10 @@
-//! A shared expert as large as a routed one becomes an expert like them, which the router always names behind those it chose, with
-//! weight 1: its matrices stand behind those of the routed experts, and two dispatches are left instead of four. (Several shared
-//! experts are one larger network in the checkpoint, which stays what it is.)
+//! Shared experts as large as routed ones become experts like them, which the router always names behind those it chose, with
+//! weight 1: their matrices stand behind those of the routed experts, and two dispatches are left instead of four. Several
+//! shared experts are one larger network in the checkpoint, which is cut: W_down · a = Σ_s W_down,s · a_s, where expert s has its
+//! share of the rows of gate and up, and of the columns of down.
 
 use super::{each_node, private, replace};
-use crate::graph::{Graph, NodeId, Op, WeightId, WeightRef};
+use crate::graph::{Graph, NodeId, Op, SharedExperts, WeightId, WeightRef};
 
 pub(super) fn run(graph: &mut Graph) -> usize {
     each_node(graph, rewrite)
@@ -29,22 +30,27 @@ fn rewrite(graph: &mut Graph, id: NodeId) -> Option<()> {
     if shared.inputs != [x] || shared_norm != norm || weights.node != ids.node {
         return None;
     }
-    if graph.weights[shared_gate].shape != graph.weights[gate].shape {
+    let [width, _] = graph.weights[gate].shape[..] else { return None };
+    let [shared_width, _] = graph.weights[shared_gate].shape[..] else { return None };
+    let count = shared_width / width;
+    let block = graph.scale_block.unwrap_or([1, 1]);
+    let is_cut = count > 1;
+    if shared_width % width != 0 || is_cut && block.iter().any(|size| width % size != 0) {
         return None;
     }
 
     let (gate_up_label, down_label) = (routed.label.clone(), node.label.clone());
-    let gate = stack(graph, gate, shared_gate);
-    let up = stack(graph, up, shared_up);
-    let down = stack(graph, down, shared_down);
-    replace(graph, ids.node, Op::Router { rule, bias, shared: 1 }, router.inputs, router.label);
+    let gate = stack(graph, gate, shared_gate, count, false);
+    let up = stack(graph, up, shared_up, count, false);
+    let down = stack(graph, down, shared_down, count, is_cut);
+    replace(graph, ids.node, Op::Router { rule, bias, shared: count }, router.inputs, router.label);
     replace(graph, y.node, Op::ExpertGateUp { gate, up, norm }, vec![x, ids], gate_up_label);
     replace(graph, id, Op::ExpertDown { weight: down }, vec![y, ids, weights, a], down_label);
     Some(())
 }
 
-/// The matrices of routed experts with that of the shared one behind them.
-fn stack(graph: &mut Graph, routed: WeightId, shared: WeightId) -> WeightId {
-    let shared = Some(graph.weights[shared].name.clone());
+/// The matrices of routed experts with those of shared ones behind them.
+fn stack(graph: &mut Graph, routed: WeightId, shared: WeightId, count: usize, by_columns: bool) -> WeightId {
+    let shared = Some(SharedExperts { name: graph.weights[shared].name.clone(), count, by_columns });
     graph.add_weight(WeightRef { shared, ..graph.weights[routed].clone() })
 }

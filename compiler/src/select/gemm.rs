@@ -1,6 +1,6 @@
 //! Which kernels multiply matrices with many tokens: tiles of tokens that share what was loaded and decoded of a weight.
 
-use moewe_plan::Dim;
+use moewe_plan::{Dim, Precision};
 use moewe_shaders::Variant;
 
 use super::{Selector, Stored, scaled, with_norm};
@@ -8,7 +8,7 @@ use crate::graph::Rows;
 use crate::memory::symbol;
 use crate::profile::Gemm;
 
-/// Lines and tokens of a tile of `gemm_tiled`.
+/// Lines and tokens of a tile of `gemm_tiled` and `gemm_coop`.
 const WORKGROUP_TILE: u64 = 64;
 
 /// A product in tiles.
@@ -62,6 +62,12 @@ impl Selector<'_> {
         Some(tiled)
     }
 
+    /// Rows of a cooperative matrix and invocations of a subgroup, where tiles are multiplied by such matrices.
+    pub(super) fn cooperative(&self) -> Option<(u32, u32)> {
+        let wanted = self.profile.cooperative.filter(|_| self.precision == Precision::Fast);
+        wanted.zip(self.profile.subgroup_size)
+    }
+
     fn tiled(
         &self,
         stored: Stored,
@@ -76,7 +82,9 @@ impl Selector<'_> {
             return None;
         }
         let gated = flags.contains(&("gated", true));
+        let cooperative = self.cooperative();
         let (kernel, rows, tokens) = match gemm {
+            _ if cooperative.is_some() => ("gemm_coop", WORKGROUP_TILE / if gated { 2 } else { 1 }, WORKGROUP_TILE),
             Gemm::Registers { rows, tokens, expert_tokens } => {
                 // An invocation holds sums of both matrices.
                 let rows = if gated { (rows / 2).max(1) } else { rows };
@@ -86,7 +94,9 @@ impl Selector<'_> {
             Gemm::Workgroup => ("gemm_tiled", WORKGROUP_TILE / if gated { 2 } else { 1 }, WORKGROUP_TILE),
         };
         let mut variant = scaled(Variant::new(kernel), stored).wide(true).int("N", n).int("K", k);
-        if let Gemm::Registers { .. } = gemm {
+        if let Some((size, lanes)) = cooperative {
+            variant = variant.flag("sixteen", size == 16).int("LANES", lanes as usize);
+        } else if let Gemm::Registers { .. } = gemm {
             let workgroup = self.profile.workgroup as usize;
             variant = variant.flag("pooled", true).int("WG", workgroup).int("ROWS", rows as usize / workgroup);
             variant = variant.int("TILE", tokens as usize);
@@ -135,6 +145,26 @@ mod tests {
             let few = Selector { tile: 1, ..many };
             assert!(few.gemm(Rows::Tokens, STORED, 100, 96, &[], None).is_none(), "{}", profile.name);
         }
+    }
+
+    #[test]
+    fn cooperative_matrices_are_for_fast_programs_whose_profile_has_them() {
+        let with = |cooperative| Profile { cooperative, ..Profile::load("lavapipe").unwrap() };
+        for (size, sixteen) in [(8, false), (16, true)] {
+            let profile = with(Some(size));
+            let exact = selector(&profile, 8);
+            let fast = Selector { precision: Precision::Fast, ..exact };
+            let tiled = |selector: &Selector| selector.expert_gemm(STORED, 300, 64, 4, true, None).unwrap();
+            assert_eq!(tiled(&exact).variant.kernel, "gemm");
+            let found = tiled(&fast);
+            assert_eq!((found.variant.kernel, found.rows, found.tokens), ("gemm_coop", 32, 64));
+            assert_eq!(found.variant.flags.contains("sixteen"), sixteen);
+            assert!(fast.why("linear").contains(&format!("cooperative matrices of {size}")), "{}", fast.why("linear"));
+            assert!(!exact.why("linear").contains("cooperative"), "{}", exact.why("linear"));
+        }
+        let profile = with(None);
+        let fast = Selector { precision: Precision::Fast, ..selector(&profile, 8) };
+        assert_eq!(fast.gemm(Rows::Tokens, STORED, 300, 64, &[], None).unwrap().variant.kernel, "gemm");
     }
 
     #[test]

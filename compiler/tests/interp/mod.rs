@@ -2,6 +2,7 @@
 //!
 //! The cache of a layer is one list of rows instead of pages; everything else is as on the device.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use moewe_compiler::{
@@ -265,19 +266,19 @@ impl Step<'_, '_, '_> {
                     .collect()
             }
             Op::ExpertLinear { weight } => {
-                let each = |x: &[f64], expert| ops::linear(x, self.expert_weight(*weight, expert), None, x.len());
+                let each = |x: &[f64], expert| ops::linear(x, &self.expert_weight(*weight, expert), None, x.len());
                 self.for_chosen(self.inputs[0], each)
             }
             Op::ExpertGateUp { gate, up, norm } => {
                 let each = |x: &[f64], expert| {
-                    let product = |weight| ops::linear(x, self.expert_weight(weight, expert), None, x.len());
+                    let product = |weight| ops::linear(x, &self.expert_weight(weight, expert), None, x.len());
                     ops::swiglu(&product(*gate), &product(*up))
                 };
                 self.for_chosen(&self.prologue(norm.as_ref()), each)
             }
             Op::WeightedSum => self.weighted(self.inputs[0], self.inputs[1]),
             Op::ExpertDown { weight } => {
-                let each = |y: &[f64], expert| ops::linear(y, self.expert_weight(*weight, expert), None, y.len());
+                let each = |y: &[f64], expert| ops::linear(y, &self.expert_weight(*weight, expert), None, y.len());
                 let products = self.for_chosen(self.inputs[0], each);
                 ops::add(self.inputs[3], &self.weighted(&products, self.inputs[2]))
             }
@@ -368,15 +369,24 @@ impl Step<'_, '_, '_> {
         self.tensor(&weight.name, &weight.shape)
     }
 
-    /// The matrix of an expert; the shared one is the last.
-    fn expert_weight(&self, id: WeightId, expert: usize) -> &[f64] {
+    /// The matrix of an expert; shared ones are the last.
+    fn expert_weight(&self, id: WeightId, expert: usize) -> Cow<'_, [f64]> {
         let weight = &self.graph.weights[id];
+        let &[rows, columns] = &weight.shape[..] else { panic!("{} is no matrix", weight.name) };
         let routed = weight.experts.expect("one matrix for each expert");
         if expert < routed {
-            return self.tensor(&weight.name.replace('*', &expert.to_string()), &weight.shape);
+            return Cow::Borrowed(self.tensor(&weight.name.replace('*', &expert.to_string()), &weight.shape));
         }
-        assert_eq!(expert, routed, "an expert of {}", weight.name);
-        self.tensor(weight.shared.as_ref().expect("a shared expert"), &weight.shape)
+        let (shared, nth) = (weight.shared.as_ref().expect("shared experts"), expert - routed);
+        assert!(nth < shared.count, "expert {expert} of {}", weight.name);
+        if shared.by_columns {
+            let all = self.tensor(&shared.name, &[rows, shared.count * columns]);
+            let row = |row: &[f64]| row[nth * columns..(nth + 1) * columns].to_vec();
+            Cow::Owned(all.chunks_exact(shared.count * columns).flat_map(row).collect())
+        } else {
+            let all = self.tensor(&shared.name, &[shared.count * rows, columns]);
+            Cow::Borrowed(&all[nth * rows * columns..(nth + 1) * rows * columns])
+        }
     }
 
     fn tensor(&self, name: &str, shape: &[usize]) -> &[f64] {

@@ -103,26 +103,11 @@ pub fn matrix_rates(gpu: &Gpu) -> Result<MatrixRates> {
     }
     let has_f16 = gpu.device.features().contains(Features::SHADER_F16);
     let f16 = if has_f16 { Some(rate(gpu, &Product::plain(Format::F16))?) } else { None };
-    let cooperative = match cooperative_size(gpu).filter(|_| has_f16) {
+    let cooperative = match gpu.cooperative() {
         Some(size) => Some(rate(gpu, &Product::cooperative(size, gpu.info().subgroup_size[1]))?),
         None => None,
     };
     Ok(MatrixRates { f32, f16, cooperative })
-}
-
-/// Rows and columns of the device's cooperative matrices for f16 with sums in f32, the largest that kernels can name.
-fn cooperative_size(gpu: &Gpu) -> Option<u32> {
-    use wgpu::CooperativeScalarType::{F16, F32};
-    if !gpu.device.features().contains(Features::EXPERIMENTAL_COOPERATIVE_MATRIX | Features::SUBGROUP) {
-        return None;
-    }
-    let there = gpu.handles().adapter.cooperative_matrix_properties();
-    let has = |size: u32| {
-        there.iter().any(|matrix| {
-            [matrix.m_size, matrix.n_size, matrix.k_size] == [size; 3] && (matrix.ab_type, matrix.cr_type) == (F16, F32)
-        })
-    };
-    [16, 8].into_iter().find(|&size| has(size))
 }
 
 /// Operations a second of a product, as fast as it becomes.

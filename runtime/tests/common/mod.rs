@@ -309,11 +309,13 @@ pub fn plan() -> Plan {
         fast_latents: moewe_plan::Latent::F16,
         requirements: Requirements {
             profile: "test".into(),
+            tuned_on: None,
             max_binding_bytes: 1 << 27,
             storage_buffers: 8,
             workgroup_invocations: 1,
             workgroup_bytes: 0,
             subgroup_invocations: 0,
+            cooperative: 0,
         },
         files: Vec::new(),
         weights: Vec::new(),

@@ -13,7 +13,7 @@ pub enum Bits {
     /// All matrices but routers
     #[value(name = "8")]
     Eight,
-    /// Experts, dense layers and the other projections of attention; embedding, head, kv_b and the entry of MTP modules keep 8
+    /// Experts, dense layers, q_b and o of attention; its other projections, embedding, head and the entry of MTP modules keep 8
     #[value(name = "4")]
     Four,
 }

@@ -16,6 +16,7 @@ pub mod router;
 pub mod safetensors;
 pub mod sampling;
 mod tensor;
+pub mod tolerance;
 mod weights;
 
 pub use edits::Edits;
