@@ -12,4 +12,5 @@ pub mod serve;
 pub mod subject;
 pub mod text;
 pub mod trace;
+pub mod tune;
 pub mod watch;

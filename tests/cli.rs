@@ -375,6 +375,12 @@ fn taps_choose_tensors() {
     // A text goes too.
     let said = moewe!["trace", demo(), "The king", "-o", &out, "--taps", "final_norm", "--json"].json();
     assert_eq!(said["tensors"], json!([{"name": "final_norm", "dtype": "F32", "shape": [3, 192]}]));
+    // One token more than a batch has, without and with the MTP layer.
+    let many = ["7"; 257].join(",");
+    for taps in ["input_ids", "input_ids,mtp.1.hidden"] {
+        let said = moewe!["trace", demo(), "--tokens", many, "-o", &out, "--taps", taps, "--json"].json();
+        assert_eq!(said["tensors"][0], json!({"name": "input_ids", "dtype": "I32", "shape": [257]}), "{taps}");
+    }
 }
 
 // ---- compile
@@ -532,9 +538,10 @@ fn synthesised_checkpoints_run() {
 
 #[test]
 fn help_texts() {
-    for command in
-        ["", "run", "chat", "view", "trace", "compile", "inspect", "explain", "doctor", "synth", "serve", "usage"]
-    {
+    for command in [
+        "", "run", "chat", "view", "trace", "compile", "inspect", "explain", "doctor", "synth", "serve", "tune",
+        "usage",
+    ] {
         let mut args: Vec<std::ffi::OsString> = Vec::new();
         args.extend((!command.is_empty()).then(|| command.into()));
         args.push("--help".into());

@@ -58,7 +58,7 @@ const RULES: [Rule; 7] = [
     },
     Rule {
         name: "moewe",
-        ours: &["moewe-plan", "moewe-shaders", "moewe-compiler", "moewe-runtime", "moewe-viewer"],
+        ours: &["moewe-plan", "moewe-shaders", "moewe-compiler", "moewe-runtime", "moewe-viewer", "moewe-oracle"],
         banned: &["naga", "wesl"],
         reason: "the binary wires the crates together and holds no kernels",
     },

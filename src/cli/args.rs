@@ -10,6 +10,7 @@ mod eval;
 mod load;
 mod quantize;
 mod serve;
+mod tune;
 mod usage;
 mod watch;
 
@@ -18,6 +19,7 @@ pub use eval::{BenchArgs, BenchCommand, BenchPart, EvalArgs, EvalCommand, KlArgs
 pub use load::LoadArgs;
 pub use quantize::QuantizeArgs;
 pub use serve::{LogArgs, ServeArgs};
+pub use tune::TuneArgs;
 pub use usage::{ByArg, UsageArgs};
 use watch::taps;
 pub use watch::{EditArgs, PaletteArg, PlaceArgs, ThemeArg, ViewArgs, WatchArgs};
@@ -75,6 +77,8 @@ pub enum Command {
     Usage(UsageArgs),
     /// Show Vulkan devices, their limits and speed, and what moewe would choose
     Doctor(DoctorArgs),
+    /// Find the fastest kernels for a model on this device, and write a profile for compile
+    Tune(TuneArgs),
     /// Write a checkpoint with random weights, for benchmarks and tests
     Synth(SynthArgs),
 }
@@ -316,7 +320,7 @@ pub enum WeightsArg {
     F16,
     /// 8 bits and a scale for each 32 numbers of a row
     Int8,
-    /// 4 bits and a scale for each 32 numbers of a row; embedding, head, kv_b and the entry of MTP modules as int8
+    /// 4 bits and a scale for each 32 numbers of a row; embedding, head, what makes and reads latents and the entry of MTP modules as int8
     Int4,
 }
 

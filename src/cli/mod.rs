@@ -24,6 +24,7 @@ mod served;
 mod speed;
 mod synth;
 mod trace;
+mod tune;
 mod usage;
 mod view;
 mod watched;
@@ -65,6 +66,7 @@ pub fn run() -> ExitCode {
         Command::Bench(args) => bench::run(&args),
         Command::Usage(args) => usage::run(&args),
         Command::Doctor(args) => doctor::run(&args),
+        Command::Tune(args) => tune::run(&args),
         Command::Synth(args) => synth::run(&args),
     };
     match result {
