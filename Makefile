@@ -2,20 +2,21 @@
 
 CARGO ?= cargo
 
-.PHONY: help setup demo test lint
+.PHONY: help setup demo demo-fp8 test lint
 
 help:
-	@echo 'make demo    set up, build, and let the bundled model write text and show its experts'
-	@echo 'make test    set up and run all tests'
-	@echo 'make lint    formatting, clippy and shellcheck'
-	@echo 'make setup   look for what building and running need; install a software Vulkan driver if there is none'
+	@echo 'make demo      set up, build, and let the bundled model write text and show its experts'
+	@echo 'make demo-fp8  the same with the model in FP8'
+	@echo 'make test      set up and run all tests'
+	@echo 'make lint      formatting, clippy and shellcheck'
+	@echo 'make setup     look for what building and running need; install a software Vulkan driver if there is none'
 
 setup:
 	@scripts/setup
 
-demo: setup
+demo demo-fp8: setup
 	$(CARGO) build --release --locked
-	@scripts/demo
+	@scripts/demo $(if $(filter demo-fp8,$@),--fp8)
 
 # Mesa's device-select layer complains about a missing XDG_RUNTIME_DIR, once for each test; the tests pick devices themselves.
 test: export NODEVICE_SELECT = 1

@@ -340,6 +340,26 @@ fn a_model_does_not_differ_from_itself() {
     assert_eq!(said["perplexity"]["model"], alone["perplexity"]);
 }
 
+/// What the demo of FP8 stands on: its weights are the demo model's own, and cost next to nothing.
+#[test]
+fn the_demo_model_in_fp8_is_close_to_the_one_in_bf16() {
+    let said = moewe![
+        "eval",
+        "kl",
+        demo().with_file_name("demo-fp8"),
+        text(),
+        "--against",
+        demo(),
+        "--context",
+        "256",
+        "--json"
+    ];
+    let said = said.json();
+    let (mean, agreement) = (&said["kl"]["mean"], &said["top1_agreement"]);
+    println!("KL {mean} nats, top-1 agreement {agreement}");
+    assert!((1e-5..=0.01).contains(&mean.as_f64().unwrap()), "{mean}");
+}
+
 #[test]
 fn divergence_is_that_of_the_traces() {
     let (file, ids, _) = ids("long");

@@ -133,9 +133,7 @@ impl Sizes {
 
 /// Where the text came from.
 fn text_name(args: &QuantizeArgs) -> String {
-    args.text
-        .as_ref()
-        .map_or_else(|| "a chapter of English that comes with moewe".into(), |file| file.display().to_string())
+    args.text.as_ref().map_or_else(|| "the text that comes with moewe".into(), |file| file.display().to_string())
 }
 
 fn measured_json(args: &QuantizeArgs, compared: &Compared) -> Value {
