@@ -10,14 +10,27 @@ use common::{Golden, bundle, gpu, greedy, options, profile, session};
 use moewe::trace::{self, Numbers, Tensors};
 use moewe_compiler::profile::Profile;
 use moewe_plan::{Bundle, Precision, ProgramKind};
-use moewe_runtime::Model;
+use moewe_runtime::{Gpu, Model};
 use skipped::skipped;
 
-/// The software driver's profile with its cooperative matrices.
-fn compiled(golden: &Golden, out: &std::path::Path) -> Bundle {
-    let eight = Profile { name: "eight".into(), cooperative: Some(8), ..profile("lavapipe") };
-    let compiled = bundle(&golden.dir, out, &options(eight));
-    assert_eq!(compiled.plan.requirements.cooperative, 8);
+/// Whether a device has such matrices, in such subgroups.
+fn has(gpu: &Gpu, size: u32, lanes: u32) -> bool {
+    gpu.info().cooperative.contains(&size) && gpu.info().subgroup_size == [lanes; 2]
+}
+
+/// A profile with cooperative matrices, and whether the device has them: Hopper's where that can be, else the software driver's.
+fn with_matrices(gpu: &Gpu) -> (Profile, bool) {
+    let hopper = profile("hopper");
+    if has(gpu, 16, 32) {
+        return (hopper, true);
+    }
+    (Profile { name: "eight".into(), cooperative: Some(8), ..profile("lavapipe") }, has(gpu, 8, 8))
+}
+
+fn compiled(golden: &Golden, profile: Profile, out: &std::path::Path) -> Bundle {
+    let size = profile.cooperative;
+    let compiled = bundle(&golden.dir, out, &options(profile));
+    assert_eq!(Some(compiled.plan.requirements.cooperative), size);
     let uses = |program: &moewe_plan::Program| {
         let mut kernels = program.steps.iter().map(|step| compiled.plan.kernels[step.kernel as usize].name.as_str());
         kernels.any(|name| name.starts_with("gemm_coop."))
@@ -65,16 +78,19 @@ fn fast_programs_are_close_to_exact_ones() {
     for dir in ["golden/v3-tiny", "golden/v3-fp8-tiny", "golden/v2-tiny"] {
         let golden = Golden::open(dir);
         let temp = tempfile::tempdir().unwrap();
-        let compiled = compiled(&golden, &temp.path().join("bundle"));
         let plain = gpu();
-        if !plain.info().cooperative.contains(&8) {
+        let (profile, can_run) = with_matrices(&plain);
+        let size = profile.cooperative;
+        let compiled = compiled(&golden, profile, &temp.path().join("bundle"));
+        if !can_run {
             skipped(&format!(
-                "{dir} by cooperative matrices needs a device with 8×8 of f16 (scripts/mesa-new has one)"
+                "{dir} by cooperative matrices needs a device with 16×16 of f16 and subgroups of 32, or 8×8 and 8 (scripts/mesa-new \
+                 has that)"
             ));
             continue;
         }
         let gpu = plain.for_plan(&compiled.plan, Precision::Fast).unwrap();
-        assert_eq!((plain.cooperative(), gpu.cooperative()), (None, Some(8)));
+        assert_eq!((plain.cooperative(), gpu.cooperative()), (None, size));
         let model = Model::load(&gpu, &compiled, &|_| ()).unwrap();
         let kinds = trace::kinds(compiled.plan.model.mtp_modules);
         let mut tracing = [Precision::Exact, Precision::Fast].map(|p| session(&model, kinds.clone(), None, p));
@@ -102,8 +118,9 @@ fn fast_programs_are_close_to_exact_ones() {
 fn only_fast_programs_need_the_matrices() {
     let golden = Golden::open("golden/v3-tiny");
     let temp = tempfile::tempdir().unwrap();
-    let mut compiled = compiled(&golden, &temp.path().join("bundle"));
     let plain = gpu();
+    let (profile, can_run) = with_matrices(&plain);
+    let mut compiled = compiled(&golden, profile, &temp.path().join("bundle"));
     let exact = plain.for_plan(&compiled.plan, Precision::Exact).unwrap();
     assert!(std::sync::Arc::ptr_eq(&exact, &plain));
     let model = Model::load(&exact, &compiled, &|_| ()).unwrap();
@@ -112,10 +129,12 @@ fn only_fast_programs_need_the_matrices() {
     assert_eq!(greedy(&mut generating, &sequence.ids, sequence.greedy.len(), None), sequence.greedy);
 
     let refused = model.prepare(&[ProgramKind::Forward], Precision::Fast, &|_| ()).unwrap_err().to_string();
-    if plain.info().cooperative.contains(&8) {
+    if can_run {
         assert!(refused.contains("Gpu::for_plan"), "{refused}");
     } else {
-        assert!(refused.contains("cooperative matrices of f16: none") && refused.contains("needs 8×8"), "{refused}");
+        assert!(refused.contains("needs 8×8 in subgroups of 8"), "{refused}");
+        let none = plain.info().cooperative.is_empty();
+        assert_eq!(refused.contains("cooperative matrices of f16: none"), none, "{refused}");
     }
     // Larger ones than the software driver has.
     compiled.plan.requirements.cooperative = 16;

@@ -35,6 +35,30 @@ mod sampler;
 #[path = "common/skipped.rs"]
 mod skipped;
 
+/// What subgroups share does not depend on how many invocations they have.
+#[test]
+fn subgroups_of_any_width() {
+    for width in [4, 16] {
+        // Mesa's software driver makes them of vectors of so many bits.
+        let child = std::process::Command::new(std::env::current_exe().unwrap())
+            .args([
+                "--exact",
+                "--nocapture",
+                "attention::values_are_expanded",
+                "attention::queries_are_absorbed_and_rotated",
+            ])
+            .env("LP_NATIVE_VECTOR_WIDTH", (32 * width).to_string())
+            .output()
+            .unwrap();
+        let [said, wrong] = [&child.stdout, &child.stderr].map(|bytes| String::from_utf8_lossy(bytes));
+        assert!(child.status.success(), "subgroups of {width}: {wrong}");
+        assert!(said.contains("2 passed"), "{said}");
+        if !said.contains(&format!("subgroups of {width},")) {
+            skipped::skipped(&format!("subgroups of {width} need Mesa's software driver"));
+        }
+    }
+}
+
 #[test]
 fn every_kernel_has_a_tolerance_with_a_reason() {
     let mut named: Vec<&str> = data::TOLERANCES.iter().map(|tolerance| tolerance.kernel).collect();

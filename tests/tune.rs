@@ -137,5 +137,9 @@ fn wrong_calls_are_refused_before_anything_is_measured() {
     ] {
         call.refused(2, &[expected]);
     }
+    let nowhere = temp.path().join("absent").join("tuned.json");
+    let began = std::time::Instant::now();
+    moewe!["tune", &model, "--output", &nowhere].refused(1, &["cannot write", "tuned.json", "another --output"]);
+    assert!(began.elapsed().as_secs() < 10, "all was measured first");
     assert_eq!(std::fs::read_to_string(&there).unwrap(), "mine");
 }

@@ -188,7 +188,7 @@ impl Selector<'_> {
     pub fn absorb_output(&self, stored: Stored, mla: &Mla, edit: bool, splits: usize) -> Variant {
         let variant = self.matrix(ABSORB_OUTPUT, stored, mla.rank).flag("edit", edit).flag("split", splits > 1);
         let variant = if splits > 1 { variant.int("SPLITS", splits) } else { variant };
-        let pooled = variant.wide && self.shape(ABSORB_OUTPUT).pool_inputs && self.has_whole_subgroups(mla.v);
+        let pooled = variant.wide && self.shape(ABSORB_OUTPUT).pool_inputs && mla.v.is_multiple_of(8);
         variant
             .flag("pooled", pooled)
             .int("HEADS", mla.heads)

@@ -17,8 +17,18 @@ use super::args::{DeviceArgs, ModelArgs};
 use super::progress::Bars;
 use super::{cache, interrupt, output, usage};
 
-/// Opens a device. `--device list` prints the devices and gives `None`.
+/// Opens a device, which keeps its pipelines on disk. `--device list` prints the devices and gives `None`.
 pub fn open_device(args: &DeviceArgs) -> anyhow::Result<Option<Arc<Gpu>>> {
+    let gpu = choose_device(args)?;
+    // Without a cache directory kernels are compiled at each start.
+    if let (Some(gpu), Ok(dir)) = (&gpu, cache::pipelines_dir()) {
+        gpu.cache_pipelines_in(&dir);
+    }
+    Ok(gpu)
+}
+
+/// Like [`open_device`], for pipelines that nobody needs again.
+pub fn choose_device(args: &DeviceArgs) -> anyhow::Result<Option<Arc<Gpu>>> {
     if args.is_list() {
         let list = moewe_runtime::list();
         if list.is_empty() {
@@ -34,12 +44,7 @@ pub fn open_device(args: &DeviceArgs) -> anyhow::Result<Option<Arc<Gpu>>> {
         return Ok(None);
     }
     let selector = args.device.as_deref().map_or(Selector::Default, |device| device.parse().unwrap_or_default());
-    let gpu = Gpu::open(&selector)?;
-    // Without a cache directory kernels are compiled at each start.
-    if let Ok(dir) = cache::pipelines_dir() {
-        gpu.cache_pipelines_in(&dir);
-    }
-    Ok(Some(gpu))
+    Ok(Some(Gpu::open(&selector)?))
 }
 
 /// The profile that suits a device.

@@ -10,6 +10,7 @@ use moewe_compiler::checkpoint::Checkpoint;
 use moewe_compiler::profile::{Profile, Row};
 use moewe_plan::Bundle;
 use serde_json::json;
+use tempfile::NamedTempFile;
 
 use super::args::TuneArgs;
 use super::progress::Bars;
@@ -25,7 +26,7 @@ pub fn run(args: &TuneArgs) -> anyhow::Result<()> {
             return usage(format!("{}: is a bundle: its kernels are chosen; tune takes a checkpoint", path.display()));
         }
     }
-    let Some(gpu) = model::open_device(&args.device)? else { return Ok(()) };
+    let Some(gpu) = model::choose_device(&args.device)? else { return Ok(()) };
     gpu.stop_when(interrupt::flag());
     let checkpoint = Checkpoint::open(path)?;
     let start = Profile::load(model::profile_for(gpu.info()))?;
@@ -33,6 +34,8 @@ pub fn run(args: &TuneArgs) -> anyhow::Result<()> {
     if out.exists() {
         return usage(format!("{}: exists already; remove it or give another --output", out.display()));
     }
+    // Before the time that measuring takes.
+    let file = beside(&out)?;
     let bars = Bars::default();
     let options = Options {
         quick: args.quick,
@@ -43,7 +46,7 @@ pub fn run(args: &TuneArgs) -> anyhow::Result<()> {
     let outcome = tune(&checkpoint, &gpu, &start, &options, &knobs(), &progress)?;
     drop(bars);
     interrupt::check()?;
-    write(&out, &outcome.profile)?;
+    write(file, &out, &outcome.profile)?;
     let Outcome { profile, unchanged, dropped, skipped } = &outcome;
     let rows = profile.tuned.as_ref().map_or(&[][..], |tuned| &tuned.rows);
     let seconds = started.elapsed().as_secs_f64();
@@ -78,16 +81,20 @@ pub fn run(args: &TuneArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Writes a profile, whole or not at all.
-fn write(out: &Path, profile: &Profile) -> anyhow::Result<()> {
+/// A file in the directory of `out`, which becomes it when it is whole.
+fn beside(out: &Path) -> anyhow::Result<NamedTempFile> {
     let dir = out.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let written = || -> std::io::Result<()> {
-        let mut file = tempfile::NamedTempFile::new_in(dir)?;
-        file.write_all((serde_json::to_string_pretty(profile)? + "\n").as_bytes())?;
-        file.persist_noclobber(out).map_err(|error| error.error)?;
-        Ok(())
-    };
-    written().with_context(|| format!("cannot write {}; choose another --output", out.display()))
+    NamedTempFile::new_in(dir).with_context(|| cannot_write(out))
+}
+
+fn write(mut file: NamedTempFile, out: &Path, profile: &Profile) -> anyhow::Result<()> {
+    file.write_all((serde_json::to_string_pretty(profile)? + "\n").as_bytes()).with_context(|| cannot_write(out))?;
+    file.persist_noclobber(out).map_err(|error| error.error).with_context(|| cannot_write(out))?;
+    Ok(())
+}
+
+fn cannot_write(out: &Path) -> String {
+    format!("cannot write {}; choose another --output", out.display())
 }
 
 /// A line for each case.

@@ -287,6 +287,7 @@ impl Measure for Device<'_> {
         // Candidates that make no difference to this case are one.
         let mut variants: Vec<String> = Vec::new();
         let (mut rigs, mut verdicts, mut of) = (Vec::new(), Vec::new(), Vec::new());
+        use moewe_runtime::Error::{BufferTooLarge, Kernel, OutOfMemory};
         let mut weights: Option<(Numbers, Weights)> = None;
         for profile in profiles {
             let lowered = match self.lower(case, profile) {
@@ -318,7 +319,11 @@ impl Measure for Device<'_> {
                     Ok(()) => (Some(rig), Verdict::Seconds(f64::INFINITY)),
                     Err(why) => (None, self.drop_candidate(case, &variant, why)),
                 },
-                Err(Error::Run(error @ moewe_runtime::Error::Kernel { .. })) => {
+                Err(Error::Run(error @ Kernel { .. })) => {
+                    (None, self.drop_candidate(case, &variant, error.to_string()))
+                }
+                // All candidates have buffers at once.
+                Err(Error::Run(error @ (OutOfMemory { .. } | BufferTooLarge { .. }))) if !rigs.is_empty() => {
                     (None, self.drop_candidate(case, &variant, error.to_string()))
                 }
                 Err(error) => return Err(error),

@@ -199,11 +199,12 @@ fn values_are_expanded() {
     let shapes =
         [(3, 5, 4, 9), (2, 16, 20, 24), (1, 1, 1, 1), (5, 14, 10, 36), (2, 3, 33, 65), (1, 2, 4, 520), (3, 4, 9, 64)];
     let mut cases = 0;
-    for format in FORMATS {
+    for (turn, format) in FORMATS.into_iter().enumerate() {
         for way in ways().into_iter().filter(|way| way.rows == 1) {
-            // A subgroup that loads together has rows of one head.
-            let pooled_shape = (3, 5, 2 * subgroup(), 64);
-            let (heads, nope, value, latent) = if way.pooled { pooled_shape } else { shapes[cases % shapes.len()] };
+            // Eight neighbours that load together have rows of one head, a subgroup has those of one or of several.
+            let pooled_shapes = [(3, 5, 2 * subgroup(), 64), (6, 5, 24, 64)];
+            let shape = if way.pooled { pooled_shapes[turn % 2] } else { shapes[cases % shapes.len()] };
+            let (heads, nope, value, latent) = shape;
             let (tile, t) = ([1, 3, 8][cases % 3], [1, 4, 7, 9][cases % 4]);
             let dims = MlaDims { heads, nope, rope: 2, value, latent, scale: 1.0 };
             let mut case = Absorb::random(&mut rng, format, dims);
