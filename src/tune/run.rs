@@ -7,6 +7,7 @@ use moewe_compiler::graph::{Op, TensorType};
 use moewe_compiler::lower::{Bench as Compiler, Lowered};
 use moewe_compiler::profile::Profile;
 use moewe_plan::{Binding, Buffer, DType, PAGE_TOKENS, Role, Step, Symbols};
+use moewe_runtime::Error::{BufferTooLarge, Kernel, OutOfMemory};
 use moewe_runtime::{Bench, DeviceType, Dispatch, Gpu, Store};
 
 use super::cases::{Case, Load};
@@ -287,7 +288,6 @@ impl Measure for Device<'_> {
         // Candidates that make no difference to this case are one.
         let mut variants: Vec<String> = Vec::new();
         let (mut rigs, mut verdicts, mut of) = (Vec::new(), Vec::new(), Vec::new());
-        use moewe_runtime::Error::{BufferTooLarge, Kernel, OutOfMemory};
         let mut weights: Option<(Numbers, Weights)> = None;
         for profile in profiles {
             let lowered = match self.lower(case, profile) {
