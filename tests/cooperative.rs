@@ -20,9 +20,8 @@ fn has(gpu: &Gpu, size: u32, lanes: u32) -> bool {
 
 /// A profile with cooperative matrices, and whether the device has them: Hopper's where that can be, else the software driver's.
 fn with_matrices(gpu: &Gpu) -> (Profile, bool) {
-    let hopper = profile("hopper");
     if has(gpu, 16, 32) {
-        return (hopper, true);
+        return (profile("hopper"), true);
     }
     (Profile { name: "eight".into(), cooperative: Some(8), ..profile("lavapipe") }, has(gpu, 8, 8))
 }

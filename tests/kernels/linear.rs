@@ -118,32 +118,53 @@ impl Linear {
     }
 }
 
-#[test]
-fn all_formats_ways_tiles_and_flags() {
-    let mut rng = Rng::new(1);
+/// All ways, tiles and flags of a format, with shapes that go on from one format to the next.
+fn ways_tiles_and_flags(turn: usize) {
+    assert_eq!(FORMATS.len(), 4, "each has a test below");
+    let mut rng = Rng::new(1000 + turn as u64);
     let (ks, ns, ts) = ([1, 2, 3, 5, 63, 64, 65, 132, 259, 96, 288], [1, 3, 17, 34, 70], [1, 2, 7, 8, 9]);
+    let (format, ways, tiles) = (FORMATS[turn], ways(), [1, 3, 8]);
+    let first = turn * ways.len() * tiles.len();
+    let all = ways.into_iter().flat_map(|way| tiles.map(|tile| (way, tile)));
     let mut cases = 0;
-    for format in FORMATS {
-        for way in ways() {
-            for tile in [1, 3, 8] {
-                let (k, n, t) = (ks[cases % ks.len()], ns[cases % ns.len()], ts[cases % ts.len()]);
-                let w = Matrix::random(&mut rng, format, n, k);
-                let x = rng.numbers(t * k);
-                let mut case = Linear { way, tile, ..Linear::plain(w, x) };
-                case.norm = (cases % 2 == 0).then(|| rng.norm(k));
-                if cases % 3 == 0 {
-                    let gate = Matrix::random(&mut rng, format, n, k);
-                    case.u = Some(gate);
-                } else {
-                    case.bias = (cases % 4 < 2).then(|| rng.numbers(n));
-                    case.residual = (cases % 5 < 3).then(|| rng.numbers(t * n));
-                }
-                case.check(&format!("{format:?} {way:?} tile {tile}, K {k}, N {n}, T {t}"));
-                cases += 1;
-            }
+    for (case, (way, tile)) in (first..).zip(all) {
+        let (k, n, t) = (ks[case % ks.len()], ns[case % ns.len()], ts[case % ts.len()]);
+        let w = Matrix::random(&mut rng, format, n, k);
+        let x = rng.numbers(t * k);
+        let mut linear = Linear { way, tile, ..Linear::plain(w, x) };
+        linear.norm = (case % 2 == 0).then(|| rng.norm(k));
+        if case % 3 == 0 {
+            let gate = Matrix::random(&mut rng, format, n, k);
+            linear.u = Some(gate);
+        } else {
+            linear.bias = (case % 4 < 2).then(|| rng.numbers(n));
+            linear.residual = (case % 5 < 3).then(|| rng.numbers(t * n));
         }
+        linear.check(&format!("{format:?} {way:?} tile {tile}, K {k}, N {n}, T {t}"));
+        cases += 1;
     }
-    assert!(cases >= 60, "only {cases} cases");
+    assert!(cases >= 15, "only {cases} cases");
+}
+
+// A test each, since drivers take long to compile them.
+#[test]
+fn ways_tiles_and_flags_of_f32() {
+    ways_tiles_and_flags(0);
+}
+
+#[test]
+fn ways_tiles_and_flags_of_bf16() {
+    ways_tiles_and_flags(1);
+}
+
+#[test]
+fn ways_tiles_and_flags_of_f16() {
+    ways_tiles_and_flags(2);
+}
+
+#[test]
+fn ways_tiles_and_flags_of_fp8() {
+    ways_tiles_and_flags(3);
 }
 
 #[test]
